@@ -1,0 +1,457 @@
+"""What an experiment is made of: the fields of `params.yaml`, what each means, and the resolved config that names a run.
+
+`params.yaml` holds `defaults` and one entry per experiment. `load_experiment` merges the two (and what `--set` changed) into an
+`Experiment`; `build-config` resolves that into a `RunConfig`: everything that decides the result of training and nothing that does not.
+The digest of the `RunConfig` is the run's identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import string
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from model.errors import UserError
+
+MAX_YAML_BYTES = 1_000_000
+"""A params file is a few kB. `yaml.safe_load` is quick on an alias bomb, walking its result is not: cap the size, forbid aliases."""
+
+SYNTH_TEMPLATE = "Q: {query}\n\nReasoning:\n{synthetic_reasoning}\n\nA: {synthetic_answer}"
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `3e-4` as a string; a person means the number. A bool is never one."""
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"should be a number, not {value!r}") from None
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+
+
+SectionType = TypeVar("SectionType", bound="Section")
+
+
+class Section(BaseModel):
+    """A group of fields. Unknown keys and wrong types are refused; nothing is changed after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "nano": {"n_layer": 2, "n_head": 2, "n_embd": 32, "context_length": 128},
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "context_length": 256},
+    "mini": {"n_layer": 6, "n_head": 6, "n_embd": 384, "context_length": 256},
+    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "context_length": 1024},
+    "medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "context_length": 1024},
+    "large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "context_length": 1024},
+    "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "context_length": 1024},
+}
+"""small (124M), medium (355M), large (774M) and xl (1.56B) are GPT-2's four published sizes; the smaller ones are for tests and laptops."""
+
+
+class ModelConfig(Section):
+    """The network's shape (Radford et al. 2019, table 2)."""
+
+    preset: Literal["nano", "tiny", "mini", "small", "medium", "large", "xl"] = "small"
+    """Starting values for the shape; a field given beside it wins."""
+    vocab_size: Annotated[int, Field(ge=2)] = 50_257
+    """Entries of the vocabulary. GPT-2's tokenizer has 50,257."""
+    context_length: PositiveInt = 1024
+    """Positions the network can look back on; `data.max_length` may not be larger."""
+    n_embd: PositiveInt = 768
+    """Width of the residual stream; a multiple of `n_head`."""
+    n_layer: PositiveInt = 12
+    """Transformer blocks."""
+    n_head: PositiveInt = 12
+    """Attention heads a block."""
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
+    """Probability of dropping an embedding, an attention weight or a residual branch while training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("preset", "small"), str):
+            values = {**PRESETS.get(values.get("preset", "small"), {}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        return self
+
+
+class DataConfig(Section):
+    """Which samples are trained on, and how they become windows of tokens."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A dataset on the Hub (`PleIAs/SYNTH`), a folder or glob of parquet files, an fsspec URL,
+    or `quickstart`: the corpus this project generates."""
+    revision: str | None = None
+    """Commit, tag or branch on the Hub. build-config pins whatever it finds to a commit."""
+    filter: str | None = "language == 'en'"
+    """Which rows are samples: comparisons of a column with a value, joined with and/or/not. null: every row."""
+    text_template: str = SYNTH_TEMPLATE
+    """A sample's text; `{column}` stands for the row's value."""
+    id_column: str = "synth_id"
+    """The column that names a row."""
+    article_column: str | None = "query_seed_url"
+    """The column that names the article a row was made from; rows without one count as their own article."""
+    num_samples: PositiveInt | None = None
+    """How many samples there are in an epoch, train and validation together; null: all."""
+    split_by: Literal["article", "sample"] = "article"
+    """Train and validation share no article (or only no sample: rows of one article leak)."""
+    train_ratio: Annotated[Float, Field(gt=0, lt=1)] = 0.9
+    """Share of the articles that is trained on."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens the network predicts in one window; a window holds `max_length + 1`."""
+    buffer_size: PositiveInt = 10_000
+    """Samples held for shuffling, shared among the lanes."""
+    lanes: Annotated[int, Field(ge=1, le=256)] = 8
+    """Independent sub-streams, each with its own files, shuffle and packer. Part of the order of the data."""
+
+    @model_validator(mode="after")
+    def _template_has_columns(self) -> DataConfig:
+        try:
+            columns = self.text_columns
+        except ValueError as error:
+            raise ValueError(f"text_template: {error}") from None
+        if not columns:
+            raise ValueError("text_template names no column: write {column} where a value belongs")
+        return self
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that `text_template` names, in their order, each once."""
+        return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.text_template) if name))
+
+    @property
+    def prompt_template(self) -> str:
+        """What comes before the second column: `Q: {query}\\n\\nReasoning:\\n`. A text of one column is its own prompt."""
+        parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(self.text_template)]
+        first, second = parts[0], parts[1] if len(parts) > 1 else ("", None)
+        return f"{first[0]}{{{first[1]}}}{second[0]}"
+
+    @property
+    def answer_delimiter(self) -> str:
+        """What stands before the last column: `\\n\\nA: `."""
+        return [literal for literal, name, _, _ in string.Formatter().parse(self.text_template) if name][-1]
+
+
+class TrainingConfig(Section):
+    """One optimizer step after the other."""
+
+    batch_size: PositiveInt = 8
+    """Windows a micro-batch."""
+    gradient_accumulation: PositiveInt = 1
+    """Micro-batches a step; the global batch is `batch_size * gradient_accumulation` windows."""
+    num_epochs: PositiveInt = 1
+    """Passes over the training samples."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps even if epochs are left; null: train all epochs."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), fused."""
+    learning_rate: Annotated[Float, Field(gt=0)] = 3e-4
+    """Peak rate, reached after the warm-up."""
+    embedding_learning_rate: Annotated[Float, Field(gt=0)] | None = None
+    """Peak rate of the embeddings alone; null: `learning_rate`."""
+    min_learning_rate_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """Where the schedule ends, as a share of the peak."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of the matrices; biases and LayerNorms have none."""
+    beta1: Annotated[Float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's decay of the second moment."""
+    epsilon: Annotated[Float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass; auto: bf16 on CUDA, fp32 elsewhere. Weights are always fp32."""
+    eval_freq: PositiveInt = 500
+    """Steps between validations."""
+    eval_iters: PositiveInt = 20
+    """Micro-batches of validation windows (always the same ones)."""
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, where to go on."""
+
+    save_every_n_iterations: PositiveInt = 1000
+    """Steps between checkpoints. One is also written at the end, and when training is stopped."""
+    keep_last: PositiveInt | None = 3
+    """How many regular checkpoints stay, beside the best by validation loss and what the registry names; null: all."""
+    checkpoint_to_resume: Annotated[str, Field(pattern=r"^step_\d{8}$")] | None = None
+    """Go on from this one (`step_00001000`), setting later ones aside; null: from the newest whole one."""
+
+
+class EvaluationConfig(Section):
+    """How each checkpoint is scored; the same held-out items for all."""
+
+    questions: Annotated[int, Field(ge=2, le=100_000)] = 64
+    """Held-out questions for choosing the champion, and as many others for reporting; the latter are also answered greedily."""
+    max_new_tokens: PositiveInt = 128
+    """Tokens an answer may take, reasoning included."""
+    batch_size: PositiveInt = 16
+    """Questions or windows scored at once; changes no score."""
+    kind_column: str | None = "exercise"
+    """The column that names a question's kind, for scores by kind; null: none."""
+
+
+class StorageConfig(Section):
+    """Where things go that must outlast this machine."""
+
+    base_folder: Annotated[str, Field(min_length=1)] = "storage"
+    """The external storage: a folder (relative to the project, or absolute), a mount, or an fsspec URL such as `s3://bucket/path`.
+    Holds the DVC remote, the generated corpus, copies of checkpoints in the making and, where it is a folder, MLflow's SQLite."""
+
+    @model_validator(mode="after")
+    def _path_of_this_system(self) -> StorageConfig:
+        if os.name != "nt" and re.match(r"^[A-Za-z]:[\\/]", self.base_folder):
+            raise ValueError(
+                f"base_folder: {self.base_folder} is a Windows path; on this system give a folder such as /mnt/storage, or a URL"
+            )
+        return self
+
+
+class HardwareConfig(Section):
+    """The machine; nothing here is part of a run's identity."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA where there is one, else the CPU."""
+    compile: bool = False
+    """torch.compile the network: a minute of start-up, then faster steps."""
+
+
+class Experiment(Section):
+    """One entry of `params.yaml`, defaults filled in."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Decides the split, the order of the data, the initial weights and the dropout."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    storage: StorageConfig = StorageConfig()
+    hardware: HardwareConfig = HardwareConfig()
+
+    @model_validator(mode="after")
+    def _window_fits_context(self) -> Experiment:
+        if self.data.max_length > self.model.context_length:
+            raise ValueError(f"data.max_length ({self.data.max_length}) is longer than model.context_length ({self.model.context_length})")
+        return self
+
+
+class DatasetSummary(Section):
+    """What build-config found out about the data: enough to recognise it, and to plan the run."""
+
+    digest: str
+    """SHA-256 of the dataset manifest."""
+    revision: str | None
+    """The pinned commit on the Hub, or null."""
+    files: int
+    """Files that hold the samples."""
+    samples: int
+    """Samples an epoch, train and validation together."""
+    train_samples: int
+    """Samples an epoch that are trained on."""
+    tokens_per_sample: float
+    """Mean over the first samples, end-of-text included: an estimate for planning, never for the order of the data."""
+
+
+class RunConfig(Section):
+    """Everything that decides the result of training and nothing that does not (`runs/<experiment>/config.yaml`)."""
+
+    seed: int
+    tokenizer: Literal["gpt2"] = "gpt2"
+    model: ModelConfig
+    data: DataConfig
+    dataset: DatasetSummary
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    total_steps: PositiveInt
+    """Steps the learning-rate schedule spans: `max_steps`, or the epochs' expected length."""
+
+    @property
+    def global_batch(self) -> int:
+        """Windows one optimizer step sees."""
+        return self.training.batch_size * self.training.gradient_accumulation
+
+    @property
+    def digest(self) -> str:
+        """The run's identity: SHA-256 of the canonical JSON.
+
+        Without `checkpoint_to_resume` (where to go on is not what to train), and without the data's place: `dataset.digest` names the data.
+        """
+        place = {"checkpoint": {"checkpoint_to_resume"}, "data": {"path", "revision"}, "dataset": {"revision"}}
+        return digest_of(self.model_dump(mode="json", exclude=place))
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value's canonical form: sorted keys, no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, without aliases, and a key given twice is an error instead of a silent loss."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {parent.start_mark.line + 1}: aliases (*name) are not allowed; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not a word")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text. `source` names it in errors.
+
+    Raises:
+        UserError: not YAML, too large, an alias, a duplicate key, or a Python object.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise UserError(f"{source}: larger than {MAX_YAML_BYTES:,} bytes; a params file is a few kB")
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader, made stricter)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        what = getattr(error, "problem", None) or str(error) or "not valid YAML"
+        raise UserError(f"{source}: {where}{' '.join(str(what).split())}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file; see `parse_yaml`. A missing or unreadable file is a `UserError`, too."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"), path.name)
+    except FileNotFoundError:
+        raise UserError(f"{path.name}: not found in {path.parent}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.name}: cannot be read: {error}") from None
+
+
+def check_experiment_name(name: str) -> str:
+    """The name itself, if it can be a folder's name and a registered model's.
+
+    Raises:
+        UserError: it is a path, or holds anything but letters, digits, `.`, `_`, `-`.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name) or len(name) > 64:
+        raise UserError(f"experiment: {name[:80]!r} is not a name: letters, digits, '.', '_' and '-', at most 64")
+    return name
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section. Choosing another preset drops the base's own shape fields."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            if key == "model" and "preset" in value:
+                old = {k: v for k, v in old.items() if k not in PRESETS["small"]}
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """`["training.max_steps=100"]` as `{"training": {"max_steps": 100}}`. Values are YAML.
+
+    Raises:
+        UserError: an assignment without `=`, or two that contradict each other.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        field, equals, text = assignment.partition("=")
+        keys = field.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"--set {assignment}: write SECTION.FIELD=VALUE, such as training.max_steps=100")
+        value = parse_yaml(text, f"--set {field}")
+        if isinstance(value, dict):
+            raise UserError(f"--set {field}: give one field's value, not a group")
+        section = overrides
+        for key in keys[:-1]:
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {field}: contradicts another --set")
+        if isinstance(section.get(keys[-1]), dict):
+            raise UserError(f"--set {field}: names a group of fields; give one field")
+        section[keys[-1]] = value
+    return overrides
+
+
+def load_experiment(params: Any, name: str, overrides: dict[str, Any] | None = None) -> Experiment:
+    """The experiment `name` of a parsed `params.yaml`: defaults, its own entry, then `overrides`, validated.
+
+    Raises:
+        UserError: unknown experiment, unknown field, wrong type, value out of range: one line that names the field.
+    """
+    check_experiment_name(name)
+    if not isinstance(params, dict) or set(params) != {"defaults", "experiments"}:
+        raise UserError("params.yaml: needs the two groups `defaults` and `experiments`, and nothing else")
+    defaults, experiments = params["defaults"] or {}, params["experiments"]
+    if not isinstance(experiments, dict) or not isinstance(defaults, dict):
+        raise UserError("params.yaml: `defaults` and `experiments` must be groups of fields")
+    if name not in experiments:
+        raise UserError(f"params.yaml: no experiment {name!r}; there are {', '.join(sorted(experiments))}")
+    own = experiments[name] or {}
+    if not isinstance(own, dict):
+        raise UserError(f"params.yaml: experiments.{name} must be a group of fields")
+    return validated(Experiment, merge(merge(defaults, own), overrides or {}), f"experiments.{name}")
+
+
+def validated(kind: type[SectionType], fields: Any, source: str) -> SectionType:
+    """`fields` as a `kind`; pydantic's complaints as one line, each naming its field after `source`."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{source}.{_complaint(detail)}" for detail in error.errors()[:5])) from None
+
+
+def _complaint(detail: Any) -> str:
+    field = ".".join(str(part) for part in detail["loc"])
+    what = {"extra_forbidden": "no such field", "missing": "is missing"}.get(detail["type"])
+    if what is None:
+        what = detail["msg"].removeprefix("Value error, ")
+        given = detail.get("input")
+        if isinstance(given, str | int | float | bool | None) and detail["type"] != "value_error":
+            what = f"{what[0].lower()}{what[1:]}, not {given!r}"
+    return f"{field}: {what}" if field else what
+
+
+def write_yaml(path: Path, value: Any) -> None:
+    """Write `value` to `path` in one move: a reader sees the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,20 @@
+"""The two ways a run can end that are not a bug, and the exit codes that scripts may rely on."""
+
+EXIT_FAULT = 1
+"""Something broke: a bug, a disk, a server."""
+EXIT_USER = 2
+"""The user's mistake: one line says which field or file, and the cure."""
+EXIT_STOPPED = 75
+"""Stopped on request (or by a fault outside), everything saved: the same command goes on. EX_TEMPFAIL of sysexits.h."""
+
+
+class UserError(ValueError):
+    """A user's mistake. The message is one line that names the field or file and the cure; exit code 2."""
+
+
+class Stopped(Exception):
+    """The work was stopped resumably; exit code 75."""
+
+
+class NoWholeCheckpoint(RuntimeError):
+    """Checkpoints lie there, but none is whole; the message lists what was found. Never a reason to start at step 0."""

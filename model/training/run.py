@@ -1,0 +1,21 @@
+"""What a run is: its resolved config and its data."""
+
+from __future__ import annotations
+
+from model.config import RunConfig, read_yaml, validated
+from model.errors import UserError
+from model.run_folder import RunFolder
+from model.stream.manifest import DatasetManifest
+
+
+def read_run(folder: RunFolder) -> tuple[RunConfig, DatasetManifest]:
+    """The resolved config and the dataset manifest of a run, which must belong together.
+
+    Raises:
+        UserError: one is missing or unreadable, or the manifest is not the one that the config names.
+    """
+    config = validated(RunConfig, read_yaml(folder.config), folder.config.name)
+    manifest = DatasetManifest.read(folder.dataset)
+    if manifest.digest != config.dataset.digest:
+        raise UserError(f"{folder.dataset}: not the manifest that config.yaml names; run build-config again")
+    return config, manifest

@@ -1,0 +1,79 @@
+"""A small run to train: a nano GPT-2 with dropout, on a small generated corpus, checkpoints every 10 of 40 steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.config import DatasetSummary, Experiment, RunConfig, merge, write_yaml
+from model.run_folder import RunFolder
+from model.stream.quickstart import write_corpus
+from model.stream.resolve import resolve
+
+FIELDS = {
+    "seed": 7,
+    "model": {"preset": "nano", "dropout": 0.1},
+    "data": {"path": "", "max_length": 32, "buffer_size": 64, "lanes": 3},
+    "training": {"batch_size": 2, "gradient_accumulation": 2, "max_steps": 40, "warmup_steps": 5, "learning_rate": 3e-3},
+    "checkpoint": {"save_every_n_iterations": 10, "keep_last": 2},
+}
+FIELDS["training"] |= {"eval_freq": 5, "eval_iters": 2}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, seed=1, rows=600, files=2)
+    return folder
+
+
+@pytest.fixture
+def new_run(corpus, tmp_path):
+    def make(name="run", **changes):
+        experiment = Experiment.model_validate(merge(merge(FIELDS, {"data": {"path": str(corpus)}}), changes))
+        manifest = resolve(experiment.data, experiment.seed, tmp_path)
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
+        manifest.write(folder.dataset)
+        summary = DatasetSummary(
+            digest=manifest.digest,
+            revision=None,
+            files=len(manifest.files),
+            samples=manifest.samples,
+            train_samples=manifest.train_samples,
+            tokens_per_sample=manifest.tokens_per_sample,
+        )
+        config = RunConfig(
+            seed=experiment.seed,
+            model=experiment.model,
+            data=experiment.data,
+            dataset=summary,
+            training=experiment.training,
+            checkpoint=experiment.checkpoint,
+            total_steps=experiment.training.max_steps,
+        )
+        write_yaml(folder.config, config.model_dump(mode="json"))
+        return folder
+
+    return make
+
+
+def start_trainer(folder, *options, **popen):
+    command = [sys.executable, "-m", "model.training", str(folder.path), "--device", "cpu", *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], **popen)
+
+
+def train(folder, exit_code=0):
+    process = start_trainer(folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == exit_code, errors
+    return errors
+
+
+def final(folder):
+    """(step, SHA-256 of the final weights) from the journal's last event."""
+    event = json.loads(folder.journal.read_text().splitlines()[-1])
+    assert event["event"] == "finished"
+    return event["step"], event["model_sha256"]

@@ -1,0 +1,223 @@
+"""The trainer as its users meet it: a process that is started, interrupted, killed, and started again."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from model.checkpoint.store import CheckpointStore, open_checkpoint
+from model.config import read_yaml, write_yaml
+from model.training.journal import read_all, read_current
+from tests.model.training.conftest import final, start_trainer, train
+
+
+@pytest.fixture
+def uninterrupted(new_run):
+    folder = new_run("uninterrupted")
+    train(folder)
+    return folder
+
+
+def wait_for_step(folder, step, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(e["event"] == "step" and e["step"] >= step for e in read_all(folder.journal)):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def consumed(folder):
+    """What each step was trained on and what came of it, interruptions forgotten."""
+    return [(e["step"], e["epoch"], e["tokens"], e["loss"]) for e in read_current(folder.journal) if e["event"] == "step"]
+
+
+def test_learns_and_leaves_a_whole_record(uninterrupted):
+    events = read_current(uninterrupted.journal)
+    losses = [e["loss"] for e in events if e["event"] == "step"]
+    assert len(losses) == 40
+    assert losses[-1] < losses[0] - 0.5
+    assert [e["seq"] for e in read_all(uninterrupted.journal)] == list(range(len(read_all(uninterrupted.journal))))
+    assert [e["step"] for e in events if e["event"] == "validation"] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert [e["step"] for e in events if e["event"] == "checkpoint"] == [10, 20, 30, 40]
+    rates = [e["learning_rate"] for e in events if e["event"] == "step"]
+    assert rates[0] == pytest.approx(3e-3 / 5)
+    assert max(rates) == rates[4] == rates[5] == pytest.approx(3e-3)
+    assert rates[-1] == pytest.approx(3e-4, rel=0.1)
+    metrics = json.loads(uninterrupted.metrics.read_text())
+    assert metrics["step"] == 40
+    assert 0 < metrics["validation_bits_per_byte"] < 8
+
+
+def test_keeps_the_last_two_and_the_best(uninterrupted):
+    names = [c.name for c in CheckpointStore(uninterrupted.checkpoints).checkpoints()]
+    assert names == ["step_00000030", "step_00000040"]
+    for checkpoint in CheckpointStore(uninterrupted.checkpoints).checkpoints():
+        checkpoint.verify()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_next_start_goes_on_to_equal_weights(new_run, uninterrupted, number):
+    folder = new_run("signalled")
+    for step in (3, 17):
+        process = start_trainer(folder)
+        wait_for_step(folder, step, process)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == 75
+        stopped = read_all(folder.journal)[-1]
+        assert stopped["event"] == "stopped"
+        assert open_checkpoint(folder.checkpoints / stopped["checkpoint"]).step == stopped["step"]
+    train(folder)
+    assert final(folder) == final(uninterrupted)
+    assert consumed(folder) == consumed(uninterrupted)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted(p.name for p in uninterrupted.checkpoints.iterdir())
+
+
+def test_kills_cost_nothing_but_time(new_run, uninterrupted):
+    folder, rng = new_run("killed"), random.Random(3)
+    kills = 0
+    while True:
+        process = start_trainer(folder)
+        seen = len(read_all(folder.journal))
+        patience = rng.uniform(0.0, 1.5)
+        began = None
+        while process.poll() is None:
+            if began is None and len(read_all(folder.journal)) > seen:
+                began = time.monotonic()
+            if kills < 6 and began is not None and time.monotonic() - began > patience:
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.communicate(timeout=30)
+        if process.returncode == 0:
+            break
+    assert kills >= 2
+    assert final(folder) == final(uninterrupted)
+    assert consumed(folder) == consumed(uninterrupted)
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(uninterrupted):
+    before = final(uninterrupted)
+    files = {p: p.stat().st_mtime_ns for p in uninterrupted.checkpoints.rglob("*.safetensors")}
+    train(uninterrupted)
+    assert final(uninterrupted) == before
+    assert {p: p.stat().st_mtime_ns for p in uninterrupted.checkpoints.rglob("*.safetensors")} == files
+
+
+def test_epochs_end_training_and_their_samples_are_all_used(new_run):
+    folder = new_run(
+        "epochs", training={"max_steps": None, "num_epochs": 2, "eval_freq": 1000}, checkpoint={"save_every_n_iterations": 1000}
+    )
+    train(folder)
+    events = [e for e in read_current(folder.journal) if e["event"] == "step"]
+    assert {e["epoch"] for e in events} == {0, 1}
+    expected = read_yaml(folder.dataset.with_name("config.yaml"))["dataset"]
+    assert events[-1]["tokens"] == pytest.approx(2 * expected["train_samples"] * expected["tokens_per_sample"], rel=0.05)
+
+
+def test_another_configuration_starts_anew_and_keeps_the_old_checkpoints(new_run, uninterrupted):
+    old = final(uninterrupted)
+    folder = new_run("uninterrupted", training={"learning_rate": 1e-3})
+    train(folder)
+    assert final(folder) != old
+    assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0]
+    kept = sorted(folder.aside.glob("*/checkpoints/step_*"))
+    assert [p.name for p in kept] == ["step_00000030", "step_00000040"]
+    assert open_checkpoint(kept[-1]).model_sha256 == old[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(new_run, uninterrupted):
+    folder = uninterrupted
+    expected = final(folder)
+    weights = folder.checkpoints / "step_00000040" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    train(folder)
+    assert final(folder) == expected
+    events = read_current(folder.journal)
+    assert any(e["event"] == "warning" and "step_00000040/model.safetensors" in e["message"] for e in events)
+    assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0, 30]
+    CheckpointStore(folder.checkpoints).checkpoints()[-1].verify()
+
+
+def test_no_whole_checkpoint_is_refused_with_the_list(uninterrupted):
+    for path in uninterrupted.checkpoints.glob("*/optimizer.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    errors = train(uninterrupted, exit_code=1)
+    assert "step_00000030/optimizer.safetensors" in errors
+    assert "step_00000040/optimizer.safetensors" in errors
+    assert "Traceback" not in errors
+
+
+def test_vanished_checkpoints_are_refused(uninterrupted):
+    for path in uninterrupted.checkpoints.iterdir():
+        path.rename(uninterrupted.path / path.name)
+    assert "step_00000040" in train(uninterrupted, exit_code=1)
+
+
+def test_goes_on_from_the_checkpoint_asked_for_once(new_run, uninterrupted):
+    folder = uninterrupted
+    expected = final(folder)
+    config = read_yaml(folder.config)
+    config["checkpoint"]["checkpoint_to_resume"] = "step_00000030"
+    write_yaml(folder.config, config)
+    train(folder)
+    assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0, 30]
+    assert (folder.aside / "after_step_00000030" / "step_00000040").is_dir()
+    assert final(folder) == expected
+    train(folder)
+    assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0, 30, 40]
+
+
+def test_an_unknown_checkpoint_to_resume_is_the_users_mistake(uninterrupted):
+    config = read_yaml(uninterrupted.config)
+    config["checkpoint"]["checkpoint_to_resume"] = "step_00000011"
+    write_yaml(uninterrupted.config, config)
+    errors = train(uninterrupted, exit_code=2)
+    assert "checkpoint.checkpoint_to_resume: step_00000011" in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_second_trainer_is_refused_and_told_who_holds_the_run(new_run):
+    folder = new_run("busy", training={"max_steps": 100_000, "num_epochs": 1000})
+    first = start_trainer(folder)
+    try:
+        wait_for_step(folder, 1, first)
+        assert f"process {first.pid} since" in train(folder, exit_code=2)
+    finally:
+        first.kill()
+        first.communicate(timeout=30)
+
+
+def test_stops_when_the_process_that_started_it_dies(new_run):
+    folder = new_run("orphan", training={"max_steps": 100_000, "num_epochs": 1000})
+    process = start_trainer(folder, "--watch-stdin", stdin=subprocess.PIPE)
+    wait_for_step(folder, 2, process)
+    process.stdin.close()
+    assert process.wait(timeout=20) == 75
+    assert "has gone" in read_all(folder.journal)[-1]["reason"]
+    process.stderr.close()
+
+
+def test_the_data_must_be_the_configs(uninterrupted):
+    manifest = json.loads(uninterrupted.dataset.read_text())
+    manifest["files"][0]["samples"] -= 1
+    uninterrupted.dataset.write_text(json.dumps(manifest))
+    assert "dataset.json" in train(uninterrupted, exit_code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there_is_one_line(new_run):
+    process = start_trainer(new_run("gpu"), "--device", "cuda")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: hardware.device: cuda is not there")
+    assert len(errors.strip().splitlines()) == 1
