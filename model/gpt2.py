@@ -155,14 +155,15 @@ class GPT2(nn.Module):
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy (nats) of each target, BT, fp32; for evaluation."""
-        x_ND, targets_N = self.hidden(tokens_BT).flatten(0, 1), targets_BT.flatten()
+    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None) -> Tensor:
+        """Cross-entropy (nats, fp32) of each target that is `wanted` (all by default), in one row; for evaluation."""
+        wanted_BT = torch.ones_like(targets_BT, dtype=torch.bool) if wanted_BT is None else wanted_BT
+        x_ND, targets_N = self.hidden(tokens_BT)[wanted_BT], targets_BT[wanted_BT]
         parts = [
             F.cross_entropy(self.logits(x).float(), targets, reduction="none")
             for x, targets in zip(x_ND.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True)
         ]
-        return torch.cat(parts).view_as(targets_BT)
+        return torch.cat(parts)
 
 
 def _chunk_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:

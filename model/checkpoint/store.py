@@ -95,7 +95,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The manifest of these files. It ends with a SHA-256 of its own contents and has one spelling, so that no byte of it can rot unseen."""
+    """The manifest of these files. It ends with a SHA-256 of its contents and has one spelling: no byte of it can rot unseen."""
     contents = {"version": 1, "files": files}
     return json.dumps({**contents, "sha256_of_the_above": digest_of(contents)}, indent=1) + "\n"
 

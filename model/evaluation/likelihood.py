@@ -57,9 +57,11 @@ def continuation_bits(
             rows.append(context + kept)
             firsts.append(len(context) - 1)
         longest = max(map(len, rows))
-        padded = torch.tensor([row + [END_OF_TEXT] * (longest - len(row)) for row in rows], device=device)
-        losses = model.token_losses(padded[:, :-1], padded[:, 1:]).double().cpu()
-        bits += [
-            float(losses[i, first : len(row) - 1].sum()) / math.log(2) for i, (row, first) in enumerate(zip(rows, firsts, strict=True))
-        ]
+        padded_BT = torch.tensor([row + [END_OF_TEXT] * (longest - len(row)) for row in rows], device=device)
+        wanted_BT = torch.tensor(
+            [[first <= i < len(row) - 1 for i in range(longest - 1)] for row, first in zip(rows, firsts, strict=True)], device=device
+        )
+        losses = model.token_losses(padded_BT[:, :-1], padded_BT[:, 1:], wanted_BT).double().cpu()
+        lengths = wanted_BT.sum(dim=1).tolist()
+        bits += [float(part.sum()) / math.log(2) for part in losses.split(lengths)]
     return bits

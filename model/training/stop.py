@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -40,7 +39,7 @@ class StopRequest:
         """Ask for a stop when standard input, a pipe that the parent holds open, closes."""
 
         def watch() -> None:
-            while sys.stdin.buffer.read(4096):
+            while os.read(0, 4096):  # not sys.stdin: a thread inside its lock breaks the interpreter's exit
                 pass
             self.ask("the process that started the trainer has gone")
 

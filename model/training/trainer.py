@@ -7,7 +7,6 @@ dropout: before each micro-batch the generators are seeded from (seed, step, mic
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import time
@@ -30,6 +29,7 @@ from model.run_folder import RunFolder
 from model.stream.batches import Batch, TrainingWindows, prefetched
 from model.stream.validation import validation_windows
 from model.tokenizer import decode
+from model.training.identity import code_identity, versions
 from model.training.journal import Journal, read_current
 from model.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from model.training.resume import set_aside_other_configurations, starting_checkpoint
@@ -87,6 +87,7 @@ class Trainer:
             precision="bf16" if self.autocast else "fp32",
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             versions=versions(),
+            code=code_identity(),
             threads=torch.get_num_threads(),
         )
         self.validated_steps = {event["step"] for event in read_current(folder.journal) if event["event"] == "validation"}
@@ -215,6 +216,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "config_digest": self.config.digest,
             "versions": versions(),
+            "code": code_identity(),
         }
         try:
             checkpoint = self.store.write(
@@ -307,8 +309,3 @@ def _finite(value: torch.Tensor) -> float | None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
-
-
-def versions() -> dict[str, str]:
-    """What computed this."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "gpt2-from-scratch")}

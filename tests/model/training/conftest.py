@@ -1,16 +1,19 @@
 """A small run to train: a nano GPT-2 with dropout, on a small generated corpus, checkpoints every 10 of 40 steps."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from model.config import DatasetSummary, Experiment, RunConfig, merge, write_yaml
+from model.config import Experiment, merge, write_yaml
 from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.stream.resolve import resolve
+from tasks.build_config import resolved
 
 FIELDS = {
     "seed": 7,
@@ -29,40 +32,43 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def make_run(folder, corpus, **changes):
+    experiment = Experiment.model_validate(merge(merge(FIELDS, {"data": {"path": str(corpus)}}), changes))
+    manifest = resolve(experiment.data, experiment.seed, folder)
+    folder.mkdir(exist_ok=True)
+    run = RunFolder(folder)
+    manifest.write(run.dataset)
+    write_yaml(run.config, resolved(experiment, manifest).model_dump(mode="json"))
+    return run
+
+
 @pytest.fixture
 def new_run(corpus, tmp_path):
     def make(name="run", **changes):
-        experiment = Experiment.model_validate(merge(merge(FIELDS, {"data": {"path": str(corpus)}}), changes))
-        manifest = resolve(experiment.data, experiment.seed, tmp_path)
-        folder = RunFolder(tmp_path / name)
-        folder.path.mkdir(exist_ok=True)
-        manifest.write(folder.dataset)
-        summary = DatasetSummary(
-            digest=manifest.digest,
-            revision=None,
-            files=len(manifest.files),
-            samples=manifest.samples,
-            train_samples=manifest.train_samples,
-            tokens_per_sample=manifest.tokens_per_sample,
-        )
-        config = RunConfig(
-            seed=experiment.seed,
-            model=experiment.model,
-            data=experiment.data,
-            dataset=summary,
-            training=experiment.training,
-            checkpoint=experiment.checkpoint,
-            total_steps=experiment.training.max_steps,
-        )
-        write_yaml(folder.config, config.model_dump(mode="json"))
-        return folder
+        return make_run(tmp_path / name, corpus, **changes)
 
     return make
 
 
+@pytest.fixture(scope="session")
+def finished_run(corpus, tmp_path_factory):
+    """Trained once, never touched: compare with it."""
+    run = make_run(tmp_path_factory.mktemp("finished") / "run", corpus)
+    train(run)
+    return run
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    """A copy of it, to do things to."""
+    shutil.copytree(finished_run.path, tmp_path / "finished")
+    return RunFolder(tmp_path / "finished")
+
+
 def start_trainer(folder, *options, **popen):
     command = [sys.executable, "-m", "model.training", str(folder.path), "--device", "cpu", *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], **popen)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # several trainers at once share few cores
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], env=environment, **popen)
 
 
 def train(folder, exit_code=0):

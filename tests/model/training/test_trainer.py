@@ -12,14 +12,7 @@ import torch
 from model.checkpoint.store import CheckpointStore, open_checkpoint
 from model.config import read_yaml, write_yaml
 from model.training.journal import read_all, read_current
-from tests.model.training.conftest import final, start_trainer, train
-
-
-@pytest.fixture
-def uninterrupted(new_run):
-    folder = new_run("uninterrupted")
-    train(folder)
-    return folder
+from tests.model.training.conftest import final, make_run, start_trainer, train
 
 
 def wait_for_step(folder, step, process):
@@ -37,32 +30,32 @@ def consumed(folder):
     return [(e["step"], e["epoch"], e["tokens"], e["loss"]) for e in read_current(folder.journal) if e["event"] == "step"]
 
 
-def test_learns_and_leaves_a_whole_record(uninterrupted):
-    events = read_current(uninterrupted.journal)
+def test_learns_and_leaves_a_whole_record(finished_run):
+    events = read_current(finished_run.journal)
     losses = [e["loss"] for e in events if e["event"] == "step"]
     assert len(losses) == 40
     assert losses[-1] < losses[0] - 0.5
-    assert [e["seq"] for e in read_all(uninterrupted.journal)] == list(range(len(read_all(uninterrupted.journal))))
+    assert [e["seq"] for e in read_all(finished_run.journal)] == list(range(len(read_all(finished_run.journal))))
     assert [e["step"] for e in events if e["event"] == "validation"] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert [e["step"] for e in events if e["event"] == "checkpoint"] == [10, 20, 30, 40]
     rates = [e["learning_rate"] for e in events if e["event"] == "step"]
     assert rates[0] == pytest.approx(3e-3 / 5)
     assert max(rates) == rates[4] == rates[5] == pytest.approx(3e-3)
     assert rates[-1] == pytest.approx(3e-4, rel=0.1)
-    metrics = json.loads(uninterrupted.metrics.read_text())
+    metrics = json.loads(finished_run.metrics.read_text())
     assert metrics["step"] == 40
     assert 0 < metrics["validation_bits_per_byte"] < 8
 
 
-def test_keeps_the_last_two_and_the_best(uninterrupted):
-    names = [c.name for c in CheckpointStore(uninterrupted.checkpoints).checkpoints()]
+def test_keeps_the_last_two_and_the_best(finished_run):
+    names = [c.name for c in CheckpointStore(finished_run.checkpoints).checkpoints()]
     assert names == ["step_00000030", "step_00000040"]
-    for checkpoint in CheckpointStore(uninterrupted.checkpoints).checkpoints():
+    for checkpoint in CheckpointStore(finished_run.checkpoints).checkpoints():
         checkpoint.verify()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_next_start_goes_on_to_equal_weights(new_run, uninterrupted, number):
+def test_a_signal_saves_and_the_next_start_goes_on_to_equal_weights(new_run, finished_run, number):
     folder = new_run("signalled")
     for step in (3, 17):
         process = start_trainer(folder)
@@ -74,12 +67,12 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_equal_weights(new_run, uni
         assert stopped["event"] == "stopped"
         assert open_checkpoint(folder.checkpoints / stopped["checkpoint"]).step == stopped["step"]
     train(folder)
-    assert final(folder) == final(uninterrupted)
-    assert consumed(folder) == consumed(uninterrupted)
-    assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted(p.name for p in uninterrupted.checkpoints.iterdir())
+    assert final(folder) == final(finished_run)
+    assert consumed(folder) == consumed(finished_run)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted(p.name for p in finished_run.checkpoints.iterdir())
 
 
-def test_kills_cost_nothing_but_time(new_run, uninterrupted):
+def test_kills_cost_nothing_but_time(new_run, finished_run):
     folder, rng = new_run("killed"), random.Random(3)
     kills = 0
     while True:
@@ -99,16 +92,16 @@ def test_kills_cost_nothing_but_time(new_run, uninterrupted):
         if process.returncode == 0:
             break
     assert kills >= 2
-    assert final(folder) == final(uninterrupted)
-    assert consumed(folder) == consumed(uninterrupted)
+    assert final(folder) == final(finished_run)
+    assert consumed(folder) == consumed(finished_run)
 
 
-def test_a_second_start_of_a_finished_run_changes_nothing(uninterrupted):
-    before = final(uninterrupted)
-    files = {p: p.stat().st_mtime_ns for p in uninterrupted.checkpoints.rglob("*.safetensors")}
-    train(uninterrupted)
-    assert final(uninterrupted) == before
-    assert {p: p.stat().st_mtime_ns for p in uninterrupted.checkpoints.rglob("*.safetensors")} == files
+def test_a_second_start_of_a_finished_run_changes_nothing(finished):
+    before = final(finished)
+    files = {p: p.stat().st_mtime_ns for p in finished.checkpoints.rglob("*.safetensors")}
+    train(finished)
+    assert final(finished) == before
+    assert {p: p.stat().st_mtime_ns for p in finished.checkpoints.rglob("*.safetensors")} == files
 
 
 def test_epochs_end_training_and_their_samples_are_all_used(new_run):
@@ -122,9 +115,9 @@ def test_epochs_end_training_and_their_samples_are_all_used(new_run):
     assert events[-1]["tokens"] == pytest.approx(2 * expected["train_samples"] * expected["tokens_per_sample"], rel=0.05)
 
 
-def test_another_configuration_starts_anew_and_keeps_the_old_checkpoints(new_run, uninterrupted):
-    old = final(uninterrupted)
-    folder = new_run("uninterrupted", training={"learning_rate": 1e-3})
+def test_another_configuration_starts_anew_and_keeps_the_old_checkpoints(corpus, finished):
+    old = final(finished)
+    folder = make_run(finished.path, corpus, training={"learning_rate": 1e-3})
     train(folder)
     assert final(folder) != old
     assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0]
@@ -133,8 +126,8 @@ def test_another_configuration_starts_anew_and_keeps_the_old_checkpoints(new_run
     assert open_checkpoint(kept[-1]).model_sha256 == old[1]
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(new_run, uninterrupted):
-    folder = uninterrupted
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(finished):
+    folder = finished
     expected = final(folder)
     weights = folder.checkpoints / "step_00000040" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
@@ -148,23 +141,23 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(new_run, uninterrupt
     CheckpointStore(folder.checkpoints).checkpoints()[-1].verify()
 
 
-def test_no_whole_checkpoint_is_refused_with_the_list(uninterrupted):
-    for path in uninterrupted.checkpoints.glob("*/optimizer.safetensors"):
+def test_no_whole_checkpoint_is_refused_with_the_list(finished):
+    for path in finished.checkpoints.glob("*/optimizer.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    errors = train(uninterrupted, exit_code=1)
+    errors = train(finished, exit_code=1)
     assert "step_00000030/optimizer.safetensors" in errors
     assert "step_00000040/optimizer.safetensors" in errors
     assert "Traceback" not in errors
 
 
-def test_vanished_checkpoints_are_refused(uninterrupted):
-    for path in uninterrupted.checkpoints.iterdir():
-        path.rename(uninterrupted.path / path.name)
-    assert "step_00000040" in train(uninterrupted, exit_code=1)
+def test_vanished_checkpoints_are_refused(finished):
+    for path in finished.checkpoints.iterdir():
+        path.rename(finished.path / path.name)
+    assert "step_00000040" in train(finished, exit_code=1)
 
 
-def test_goes_on_from_the_checkpoint_asked_for_once(new_run, uninterrupted):
-    folder = uninterrupted
+def test_goes_on_from_the_checkpoint_asked_for_once(finished):
+    folder = finished
     expected = final(folder)
     config = read_yaml(folder.config)
     config["checkpoint"]["checkpoint_to_resume"] = "step_00000030"
@@ -177,11 +170,11 @@ def test_goes_on_from_the_checkpoint_asked_for_once(new_run, uninterrupted):
     assert [e["step"] for e in read_all(folder.journal) if e["event"] == "started"] == [0, 30, 40]
 
 
-def test_an_unknown_checkpoint_to_resume_is_the_users_mistake(uninterrupted):
-    config = read_yaml(uninterrupted.config)
+def test_an_unknown_checkpoint_to_resume_is_the_users_mistake(finished):
+    config = read_yaml(finished.config)
     config["checkpoint"]["checkpoint_to_resume"] = "step_00000011"
-    write_yaml(uninterrupted.config, config)
-    errors = train(uninterrupted, exit_code=2)
+    write_yaml(finished.config, config)
+    errors = train(finished, exit_code=2)
     assert "checkpoint.checkpoint_to_resume: step_00000011" in errors
     assert len(errors.strip().splitlines()) == 1
 
@@ -207,11 +200,11 @@ def test_stops_when_the_process_that_started_it_dies(new_run):
     process.stderr.close()
 
 
-def test_the_data_must_be_the_configs(uninterrupted):
-    manifest = json.loads(uninterrupted.dataset.read_text())
+def test_the_data_must_be_the_configs(finished):
+    manifest = json.loads(finished.dataset.read_text())
     manifest["files"][0]["samples"] -= 1
-    uninterrupted.dataset.write_text(json.dumps(manifest))
-    assert "dataset.json" in train(uninterrupted, exit_code=2)
+    finished.dataset.write_text(json.dumps(manifest))
+    assert "dataset.json" in train(finished, exit_code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
