@@ -33,7 +33,8 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as locks:
             locks.enter_context(held(folder.lock, f"the run {folder.experiment}"))
-            from model.training.trainer import Trainer, pick_device  # torch takes seconds: be stoppable first
+            from model.device import pick_device  # torch takes seconds: be stoppable first
+            from model.training.trainer import Trainer
 
             device = pick_device(arguments.device)
             if device.type == "cuda":

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore, name_of
 from model.config import digest_of
-from model.errors import Stopped, UserError
+from model.errors import Stopped
 from model.evaluation.likelihood import validation_loss
 from model.generation import answer
 from model.gpt2 import GPT2
@@ -36,23 +36,6 @@ from model.training.resume import set_aside_other_configurations, starting_check
 from model.training.run import read_run
 from model.training.schedule import learning_rate_factor
 from model.training.stop import StopRequest
-
-
-def pick_device(name: str) -> torch.device:
-    """The device `hardware.device` names; `auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"hardware.device: cuda is not there (torch {torch.__version__}); use --set hardware.device=cpu, or a machine with a GPU"
-        )
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("hardware.device: mps is not there; use --set hardware.device=cpu")
-    return torch.device(name)
 
 
 class Trainer:

@@ -1,0 +1,275 @@
+"""`gpt2`: the commands that people type. What takes long to import is imported where it is used."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.exceptions import TyperException
+
+from flows.stop import STOP
+from model.config import parse_overrides
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from tasks.project import Project, find_project
+
+app = typer.Typer(
+    help="Pre-train GPT-2 from scratch: train, register, evaluate, use.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="An experiment of params.yaml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Which = Annotated[str | None, typer.Option("--checkpoint", help="Such as step_00001000; by default the champion.")]
+
+_ENVIRONMENT = {
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows the stages; Prefect's log is in its UI
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DVC_NO_ANALYTICS": "1",
+}
+"""For the flow in this process, and what it starts."""
+
+
+@app.command()
+def train(
+    name: Name,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field for this run; may be given again.")
+    ] = None,
+) -> None:
+    """Train an experiment, register and evaluate its checkpoints. What is up to date is skipped, what was interrupted goes on.
+
+    Ctrl-C stops it resumably (exit code 75): the same command goes on.
+
+    Example: gpt2 train quickstart --set training.max_steps=100
+    """
+    from tasks import preflight
+
+    project, overrides = find_project(), parse_overrides(changes or [])
+    preflight.check(project, name, overrides)
+    _run_flow(project, name, "train-gpt2", {"experiment": name, "overrides": overrides})
+
+
+@app.command()
+def evaluate(
+    name: Name,
+    questions: Annotated[int | None, typer.Option(min=1, help="Held-out questions to ask; recorded in overrides.yaml.")] = None,
+) -> None:
+    """Evaluate every checkpoint that is not evaluated yet, and mark the champion. Running it again changes nothing.
+
+    Example: gpt2 evaluate quickstart --questions 5
+    """
+    project = find_project()
+    _need_checkpoints(project, name)
+    _run_flow(project, name, "re-evaluate", {"experiment": name, "questions": questions})
+
+
+@app.command()
+def checkpoints(
+    name: Name,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its digest.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the checkpoints of an experiment: which are whole, which is the champion.
+
+    Example: gpt2 checkpoints quickstart --verify
+    """
+    from tasks.overview import checkpoint_list
+
+    project = find_project()
+    project.experiment(name)
+    rows = checkpoint_list(project, name, verify)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        Console().print(_table(rows))
+    else:
+        print(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
+    if not all(row["whole"] for row in rows):
+        _say("; ".join(row["problem"] for row in rows if not row["whole"]) + ". Bring it back: dvc checkout, or dvc pull")
+        raise typer.Exit(EXIT_FAULT)
+
+
+@app.command()
+def status(name: Name, as_json: Json = False) -> None:
+    """Show how far an experiment is, and which stages are up to date.
+
+    Example: gpt2 status quickstart --json
+    """
+    from tasks.overview import run_status
+
+    found = run_status(find_project(), name)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{name}: {found['state']}, step {found['step']:,}, {found['tokens']:,} tokens")
+    print(f"config {found['config_digest'] or 'not built yet'}")
+    for stage, state in found["stages"].items():
+        print(f"  {stage:<13}{state}")
+
+
+@app.command()
+def generate(
+    name: Name,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the text begins with.")],
+    checkpoint: Which = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Choose among the likeliest tokens that reach p.")] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal text.")] = 0,
+) -> None:
+    """Let the champion write on.
+
+    Example: gpt2 generate quickstart "Q: What is 12 + 30?"
+    """
+    from tasks import use
+
+    chosen = use.pick_checkpoint(find_project(), name, checkpoint)
+    print(prompt, end="", flush=True)
+    for piece in use.generate(chosen, prompt, max_new_tokens, temperature, top_k, top_p, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def export(name: Name, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")], checkpoint: Which = None) -> None:
+    """Export the champion in Hugging Face's format (safetensors), for AutoModelForCausalLM and AutoTokenizer.
+
+    Example: gpt2 export quickstart out/
+    """
+    from tasks import use
+
+    chosen = use.pick_checkpoint(find_project(), name, checkpoint)
+    use.export(chosen, folder)
+    print(f"{chosen.name} of {name} is in {folder}")
+
+
+@app.command()
+def services(
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's server and UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's server and UI.")] = 5000,
+) -> None:
+    """Start Prefect's and MLflow's servers with their UIs and a worker of the pool `gpu`, and deploy. Ctrl-C ends all of them.
+
+    Example: gpt2 services
+    """
+    from flows.services import run_services
+
+    run_services(find_project(), prefect_port, mlflow_port)
+
+
+def main() -> None:
+    """The entry point: errors are one line on standard error. 0 done, 1 a fault, 2 the user's mistake, 75 stopped and resumable."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as error:
+        _say(str(error))
+        sys.exit(EXIT_USER)
+    except TyperException as error:
+        _say(f"{error.format_message()} See gpt2 --help")
+        sys.exit(EXIT_USER)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as stopped:
+        _say(str(stopped) or "stopped")
+        sys.exit(EXIT_STOPPED)
+    except ConnectionError as error:
+        _say(str(error))
+        sys.exit(EXIT_FAULT)
+
+
+def _run_flow(project: Project, name: str, flow_name: str, parameters: dict[str, Any]) -> None:
+    """Run a flow in this process, show it, and end with the table of checkpoints, or with what went wrong as the exit code."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    _stop_on_signals()
+    from flows.local_server import use_prefect_server
+
+    use_prefect_server()
+    from flows.re_evaluate import re_evaluate
+    from flows.terminal import Terminal
+    from flows.train_gpt2 import train_gpt2
+
+    flow: Any = {"train-gpt2": train_gpt2, "re-evaluate": re_evaluate}[flow_name]
+    with Terminal(project.run_folder(name).journal):
+        state = flow(**parameters, return_state=True)
+    if state.is_failed():
+        error = state.result(raise_on_failure=False)
+        if isinstance(error, UserError | Stopped):
+            raise error
+        _say(str(error))
+        raise typer.Exit(EXIT_FAULT)
+    if not state.is_completed():
+        raise Stopped(state.message)
+    _show_result(project, name)
+
+
+def _stop_on_signals() -> None:
+    """The first Ctrl-C (or SIGTERM) asks for a resumable stop, the second leaves at once: what still runs notices, saves, and leaves."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if STOP.is_set():
+            os._exit(EXIT_STOPPED)
+        STOP.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def _need_checkpoints(project: Project, name: str) -> None:
+    project.experiment(name)
+    if not any(project.run_folder(name).checkpoints.glob("step_*")):
+        raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
+
+
+def _show_result(project: Project, name: str) -> None:
+    from tasks.overview import checkpoint_list
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print()
+    console.print(_table(checkpoint_list(project, name)))
+    console.print("\nNext:")
+    for command, what in (
+        (f'gpt2 generate {name} "Q: What is 12 + 30?"', "the champion writes on"),
+        (f"gpt2 checkpoints {name} --verify", "is every byte as it was written?"),
+        (f"gpt2 export {name} exported/", "the champion for transformers"),
+        ("gpt2 services", "Prefect's and MLflow's pages: runs, curves, answers, registry"),
+    ):
+        console.print(f"  {command:<50}{what}")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(caption="bits/byte: validation text, lower is better · exact match: held-out questions")
+    table.add_column("checkpoint", no_wrap=True)
+    for column in ("step", "bits/byte", "exact match", "version"):
+        table.add_column(column, justify="right")
+    table.add_column("champion", justify="center")
+    table.add_column("whole", justify="center")
+    for row in rows:
+        bits, match = row["validation_bits_per_byte"], row["exact_match"]
+        table.add_row(
+            row["name"],
+            f"{row['step']:,}",
+            "" if bits is None else f"{bits:.3f}",
+            "" if match is None else f"{match:.0%} of {row['questions']:.0f}",
+            row["version"] or "",
+            "★" if row["champion"] else "",
+            "yes" if row["whole"] else "NO",
+        )
+    return table
+
+
+def _say(message: str) -> None:
+    print(f"error: {' '.join(message.split())}" if message.count("\n") < 2 else f"error: {message}", file=sys.stderr, flush=True)

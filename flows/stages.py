@@ -1,0 +1,271 @@
+"""The Prefect side of the stages of dvc.yaml: one task each, run by DVC, and the push that follows them. Both flows are made of these."""
+
+import contextlib
+import contextvars
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+from uuid import UUID
+
+from filelock import FileLock, Timeout
+from prefect import State, task
+from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
+from prefect.futures import PrefectFuture
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled, Completed, Crashed, Failed
+
+from flows.stop import STOP
+from model.errors import Stopped, UserError
+from tasks import mirror, versioning
+from tasks.overview import checkpoint_list
+from tasks.progress import Progress
+from tasks.project import Project, find_project
+
+SECONDS_TO_STOP = 27.0
+"""Prefect kills a cancelled flow after 30 s."""
+
+SECONDS_BETWEEN_UPDATES = 5.0
+SECONDS_BETWEEN_LOG_LINES = 60.0
+
+
+class Observer(Protocol):
+    """Somebody in this process who wants to see the stages pass: the terminal."""
+
+    def began(self, stage: str) -> None: ...  # noqa: D102
+    def said(self, stage: str, line: str) -> None: ...  # noqa: D102
+    def ended(self, stage: str, state: State[Any]) -> None: ...  # noqa: D102
+
+
+OBSERVERS: list[Observer] = []
+
+
+@contextlib.contextmanager
+def sole_flow(project: Project, experiment: str, patience: float = 60.0) -> Iterator[None]:
+    """Meanwhile, no other flow of this machine works on the experiment. One that is being cancelled gets `patience` seconds to leave.
+
+    Raises:
+        UserError: another one does.
+    """
+    lock = FileLock(project.scratch_folder() / f"{experiment}.lock")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            if STOP.wait(1.0):
+                raise Stopped(f"stopped while another flow worked on {experiment}") from None
+            if time.monotonic() > deadline:
+                raise UserError(f"experiment: another flow works on {experiment}; wait for it, or cancel it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_stages(project: Project, experiment: str, stages: tuple[str, ...]) -> State[Any] | None:
+    """Run the stages one after the other, each as a task. None: all are done; else the state in which the flow has to end.
+
+    Raises:
+        UserError, StageFailed: what a stage failed of.
+    """
+    fresh = versioning.up_to_date(project, experiment)
+    for stage in stages:
+        state = _finished(_TASKS[stage].submit(experiment, stage in fresh))
+        if not state.is_completed():
+            end = Cancelled if state.is_cancelled() else Crashed
+            return end(message=state.message)
+        if state.name != _SKIPPED:
+            fresh = []  # what follows a stage that ran is DVC's to judge anew
+    return None
+
+
+def push(experiment: str, finished: bool) -> None:
+    """Bring the external storage up to date. If that fails, only its own task does: the next push catches up. `finished`: training is
+    done, so what the storage got while it ran has served."""
+    future = push_to_storage.submit(experiment, finished)
+    with contextlib.suppress(Exception):
+        _finished(future)
+
+
+def show_checkpoints(project: Project, experiment: str) -> None:
+    """The checkpoints with their scores as a table among the flow run's artifacts."""
+    rows = [{name: row[name] for name in _TABLE_COLUMNS} for row in checkpoint_list(project, experiment)]
+    try:
+        create_table_artifact(rows, key=artifact_key("checkpoints", experiment), description=f"Checkpoints of {experiment}, oldest first")
+    except Exception as error:
+        get_run_logger().warning("the table of checkpoints was not stored: %s", error)
+
+
+def artifact_key(what: str, experiment: str) -> str:
+    """`checkpoints-my-experiment`: Prefect takes lower-case letters, digits and dashes."""
+    return f"{what}-{re.sub('[^a-z0-9]+', '-', experiment.lower())}"
+
+
+def _finished(future: PrefectFuture[Any]) -> State[Any]:
+    """Wait for a task; its final state. A failed task's exception is raised here. If the flow run is cancelled meanwhile, the task is
+    stopped first."""
+    try:
+        future.wait()
+    except TerminationSignal:
+        STOP.set()
+        future.wait(timeout=SECONDS_TO_STOP)
+        if _under_a_worker():
+            raise  # the worker's Prefect says how the run ends: Cancelled, if that is why
+    if future.state.is_failed():
+        future.result()
+    return future.state
+
+
+_SKIPPED = "Cached"
+"""Prefect's own name for a completed run that had nothing to do."""
+
+
+def _run_stage(stage: str, experiment: str, fresh: bool) -> State[Any]:
+    for observer in OBSERVERS:
+        observer.began(stage)
+    try:
+        state = Completed(name=_SKIPPED, message="up to date, skipped") if fresh else _run_by_dvc(stage, experiment)
+    except Exception:
+        for observer in OBSERVERS:
+            observer.ended(stage, Failed(message="failed"))
+        raise
+    for observer in OBSERVERS:
+        observer.ended(stage, state)
+    return state
+
+
+def _run_by_dvc(stage: str, experiment: str) -> State[Any]:
+    logger = get_run_logger()
+
+    def on_line(line: str) -> None:
+        logger.info(line)
+        for observer in OBSERVERS:
+            observer.said(stage, line)
+
+    try:
+        ran = versioning.run_stage(find_project(), stage, experiment, on_line=on_line, stop=STOP, watch_pid=_watched_process())
+    except Stopped as stopped:
+        return Cancelled(message=str(stopped)) if STOP.is_set() else Crashed(message=str(stopped))
+    return Completed() if ran else Completed(name=_SKIPPED, message="up to date, skipped")
+
+
+def _is_worth_a_retry(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """A user's mistake stays one. What else broke a training (a disk, a killed process) may be gone, and it goes on where it was."""
+    return not STOP.is_set() and not isinstance(state.result(raise_on_failure=False), UserError)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="build-config[{experiment}]")
+def build_config(experiment: str, fresh: bool) -> State[Any]:
+    """Validate the experiment, resolve its data, pin both."""
+    return _run_stage("build-config", experiment, fresh)
+
+
+@task(
+    cache_policy=NO_CACHE,
+    task_run_name="stream-and-train[{experiment}]",
+    retries=2,
+    retry_delay_seconds=5,
+    retry_condition_fn=_is_worth_a_retry,
+)
+def stream_and_train(experiment: str, fresh: bool) -> State[Any]:
+    """Train, or go on with it."""
+    with contextlib.nullcontext() if fresh else _progress_artifact(experiment):
+        return _run_stage("train", experiment, fresh)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="checkpoint-register[{experiment}]")
+def checkpoint_register(experiment: str, fresh: bool) -> State[Any]:
+    """A version of the registered model for every checkpoint."""
+    return _run_stage("register", experiment, fresh)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="evaluate-each-checkpoint[{experiment}]")
+def evaluate_each_checkpoint(experiment: str, fresh: bool) -> State[Any]:
+    """Score every checkpoint, and mark the champion."""
+    return _run_stage("evaluate", experiment, fresh)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="push-to-storage[{experiment}]")
+def push_to_storage(experiment: str, finished: bool) -> State[Any]:
+    """Copy what DVC tracks to the external storage."""
+    logger, project = get_run_logger(), find_project()
+    for observer in OBSERVERS:
+        observer.began("push")
+    try:
+        versioning.push(project, experiment, on_line=logger.info, stop=STOP)
+        if finished:
+            mirror.prune(project, experiment)
+        state: State[Any] = Completed()
+    except Stopped as stopped:
+        state = Cancelled(message=str(stopped))
+    except Exception as error:
+        state = Failed(message=f"not pushed, the next run tries again: {error}")
+        logger.warning(state.message)
+    for observer in OBSERVERS:
+        observer.ended("push", state)
+    return state
+
+
+_TASKS = {
+    "build-config": build_config,
+    "train": stream_and_train,
+    "register": checkpoint_register,
+    "evaluate": evaluate_each_checkpoint,
+}
+_TABLE_COLUMNS = ("name", "step", "validation_bits_per_byte", "exact_match", "champion", "version", "digest")
+
+
+@contextlib.contextmanager
+def _progress_artifact(experiment: str) -> Iterator[None]:
+    """Meanwhile, show in Prefect how far the training is. Its server may be away: a thread of its own waits for it, and no step does."""
+    done = threading.Event()
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(_publish, experiment, done, get_run_logger()), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(SECONDS_BETWEEN_UPDATES)
+
+
+def _publish(experiment: str, done: threading.Event, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+    progress = Progress(find_project().run_folder(experiment).journal)
+    before = progress.read()  # of an earlier attempt: not news
+    artifact: UUID | None = None
+    logged_at = time.monotonic()
+    while True:
+        last = done.wait(SECONDS_BETWEEN_UPDATES)
+        reading = progress.read()
+        if reading is not None and reading != before:
+            before = reading
+            try:
+                percent = round(100 * reading.step / max(reading.total_steps, 1), 2)
+                if artifact is None:
+                    key = artifact_key("training", experiment)
+                    artifact = cast(UUID, create_progress_artifact(percent, key=key, description=reading.line()))
+                else:
+                    update_progress_artifact(artifact, percent, description=reading.line())
+            except Exception as error:
+                logger.debug("progress not shown now: %s", error)
+            if last or time.monotonic() - logged_at > SECONDS_BETWEEN_LOG_LINES:
+                logger.info(reading.line())
+                logged_at = time.monotonic()
+        if last:
+            return
+
+
+def _under_a_worker() -> bool:
+    return "PREFECT__FLOW_RUN_ID" in os.environ
+
+
+def _watched_process() -> int:
+    """The process with which a training has to end: the worker if one started this flow, else this process."""
+    return os.getppid() if _under_a_worker() else os.getpid()

@@ -1,0 +1,65 @@
+"""build-config: from `params.yaml` to everything that decides a run: `config.yaml`, the dataset manifest, the evaluation's config.
+
+`python -m tasks.build_config EXPERIMENT`
+"""
+
+from __future__ import annotations
+
+import math
+
+from model.config import DatasetSummary, Experiment, RunConfig, write_yaml
+from model.errors import UserError
+from model.stream.manifest import DatasetManifest
+from model.stream.resolve import resolve
+from tasks.project import Project
+from tasks.steps import run_step
+
+
+def build_config(project: Project, name: str) -> None:
+    """Validate the experiment, find its data, and write what the later stages read. Equal input gives equal files.
+
+    Raises:
+        UserError: a field is wrong, or the data cannot be reached; nothing was changed.
+    """
+    experiment = project.experiment(name)
+    manifest = resolve(experiment.data, experiment.seed, project.storage_folder(experiment) or project.root / "storage")
+    config = resolved(experiment, manifest)
+    folder = project.run_folder(name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    manifest.write(folder.dataset)
+    write_yaml(folder.evaluation_config, experiment.evaluation.model_dump(mode="json"))
+    write_yaml(folder.config, config.model_dump(mode="json"))
+    print(
+        f"{manifest.samples:,} samples from {len(manifest.files)} files, "
+        f"{manifest.train_samples:,} to train on; {config.total_steps:,} steps of {config.global_batch} windows; "
+        f"config {config.digest[:12]}"
+    )
+
+
+def resolved(experiment: Experiment, manifest: DatasetManifest) -> RunConfig:
+    """The experiment with its data known: the revision pinned, the steps of its epochs estimated."""
+    training, data = experiment.training, experiment.data
+    windows = training.num_epochs * manifest.train_samples * manifest.tokens_per_sample / data.max_length
+    expected_steps = math.ceil(windows / (training.batch_size * training.gradient_accumulation))
+    if expected_steps < 1:
+        raise UserError(f"data.path: {data.path} holds no sample that passes data.filter ({data.filter})")
+    return RunConfig(
+        seed=experiment.seed,
+        model=experiment.model,
+        data=data.model_copy(update={"revision": manifest.revision}),
+        dataset=DatasetSummary(
+            digest=manifest.digest,
+            revision=manifest.revision,
+            files=len(manifest.files),
+            samples=manifest.samples,
+            train_samples=manifest.train_samples,
+            tokens_per_sample=manifest.tokens_per_sample,
+        ),
+        training=training,
+        checkpoint=experiment.checkpoint,
+        total_steps=min(training.max_steps or expected_steps, expected_steps),
+    )
+
+
+if __name__ == "__main__":
+    run_step(build_config)

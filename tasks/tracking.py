@@ -1,0 +1,248 @@
+"""MLflow: where it is, the run that stands for a training, scores, tables, and the champion.
+
+Importing this module is cheap and sets MLflow's own settings; MLflow itself (a second or two) is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from model.checkpoint.store import MANIFEST, MODEL, STATE, NotWhole
+from model.config import Experiment, RunConfig, read_yaml, validated
+from model.errors import UserError
+from model.run_folder import RunFolder
+from model.training.journal import read_all
+from tasks.project import Project
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHAMPION = "champion"
+"""The registry alias of the best version."""
+DIGEST_TAG = "checkpoint_digest"
+"""The tag that names the checkpoint of a LoggedModel and of a version."""
+EVALUATION = "evaluation"
+"""The name under which MLflow files scores by their evaluation set's digest."""
+LOCK_TIMEOUT_S = 120
+DIGEST_LENGTH = 32
+"""MLflow keeps at most 36 characters of a dataset's digest."""
+
+
+def quieten() -> None:
+    """Settings that MLflow reads from the environment: no telemetry, no pickles, and an end to waiting. To be called before its import."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+
+quieten()
+
+
+def mlflow_folder(project: Project, experiment: Experiment) -> Path:
+    """Where the default MLflow keeps its database and artifacts: in the storage, or in the project if the storage is a URL."""
+    return (project.storage_folder(experiment) or project.root / "storage") / "mlflow"
+
+
+def tracking_uri(project: Project, experiment: Experiment) -> str:
+    """MLFLOW_TRACKING_URI if it is set, else the SQLite file in the storage."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(mlflow_folder(project, experiment))
+
+
+def _sqlite_uri(folder: Path) -> str:
+    # In a database URL % begins an escape and ? begins the options.
+    return f"sqlite:///{(folder / 'mlflow.db').as_posix()}".replace("%", "%25").replace("?", "%3F")
+
+
+def connect(project: Project, experiment: Experiment) -> MlflowClient:
+    """A client of the project's MLflow; the default one is made if it is not there.
+
+    Raises:
+        UserError: the storage cannot be written.
+        mlflow.MlflowException: MLflow does not answer.
+    """
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(project, experiment)
+    folder = mlflow_folder(project, experiment)
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(uri, uri)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Whoever opens a new store makes its tables; two at once destroy each other's.
+        with FileLock(folder / ".initialise.lock", timeout=LOCK_TIMEOUT_S):
+            client = MlflowClient(uri, uri)
+            client.search_registered_models(max_results=1)
+    except OSError as error:
+        raise UserError(f"storage.base_folder: {folder} cannot be used for MLflow: {error}") from None
+    return client
+
+
+def experiment_id(client: MlflowClient, project: Project, experiment: Experiment, name: str) -> str:
+    """The MLflow experiment `name`, made if it is not there.
+
+    Raises:
+        UserError: someone deleted it in MLflow.
+    """
+    from mlflow import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, _artifact_location(client.tracking_uri, project, experiment)))
+        except MlflowException:  # another process was quicker
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UserError(f"experiment: {name} was deleted in MLflow; bring it back: mlflow experiments restore -x {found.experiment_id}")
+    return str(found.experiment_id)
+
+
+def _artifact_location(uri: str, project: Project, experiment: Experiment) -> str | None:
+    """Artifacts lie beside the database, in the storage. A server decides for itself."""
+    if uri.startswith(("http://", "https://")):
+        return None
+    if project.storage_folder(experiment) is None:
+        return f"{project.storage(experiment).rstrip('/')}/mlflow/artifacts"
+    return (mlflow_folder(project, experiment) / "artifacts").as_uri()
+
+
+def read_config(run_folder: RunFolder) -> RunConfig:
+    """The resolved config that build-config wrote."""
+    return validated(RunConfig, read_yaml(run_folder.config), f"{run_folder.experiment}/{run_folder.config.name}")
+
+
+def training_run(client: MlflowClient, project: Project, name: str, config: RunConfig) -> str:
+    """The id of the MLflow run that stands for this config's training, found by the config's digest or made."""
+    from mlflow.entities import ViewType
+
+    run_folder = project.run_folder(name)
+    experiment = experiment_id(client, project, project.experiment(name), name)
+    with FileLock(run_folder.path / ".tracking-run.lock", timeout=LOCK_TIMEOUT_S):
+        filters = f"tags.config_digest = '{config.digest}'"
+        runs = client.search_runs([experiment], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])
+        if runs:
+            run = runs[0]
+        else:
+            tags = {"experiment": name, "config_digest": config.digest, "dataset_digest": config.dataset.digest}
+            tags |= {"dataset_revision": config.dataset.revision} if config.dataset.revision else {}
+            run = client.create_run(experiment, _began(run_folder, config), tags, f"{name}-{config.digest[:8]}")
+        run_id = str(run.info.run_id)
+        if not run.inputs.dataset_inputs:  # logged last: an earlier process may have been killed before
+            _describe(client, run_id, config)
+    return run_id
+
+
+def _describe(client: MlflowClient, run_id: str, config: RunConfig) -> None:
+    from mlflow.entities import Dataset, DatasetInput, Param
+
+    params = [Param(field, value[:6000]) for field, value in _flat(config.model_dump(mode="json"))]
+    for start in range(0, len(params), 100):  # MLflow's own limit
+        client.log_batch(run_id, params=params[start : start + 100], synchronous=True)
+    source = json.dumps({"path": config.data.path, "revision": config.dataset.revision})
+    profile = json.dumps({"samples": config.dataset.samples, "train_samples": config.dataset.train_samples})
+    dataset = Dataset(config.data.path[:500], config.dataset.digest[:DIGEST_LENGTH], "parquet", source, profile=profile)
+    client.log_inputs(run_id, [DatasetInput(dataset, [])])
+
+
+def _began(run_folder: RunFolder, config: RunConfig) -> int | None:
+    """When training of this config began, in ms since 1970; None if it has not."""
+    started = (event for event in read_all(run_folder.journal) if event["event"] == "started")
+    return next((round(1000 * event["time"]) for event in started if event["config_digest"] == config.digest), None)
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`data.max_length`, `512`: one pair a field."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def log_scores(client: MlflowClient, model_id: str, run_id: str, metrics: dict[str, float], step: int, dataset_digest: str) -> None:
+    """A checkpoint's scores on its LoggedModel and, at its step, on the run. Logging the same again adds nothing."""
+    from mlflow.entities import Metric
+
+    digest = dataset_digest[:DIGEST_LENGTH]
+    logged = {(m.key, m.value) for m in client.get_logged_model(model_id).metrics or [] if (m.step, m.dataset_digest) == (step, digest)}
+    now = round(1000 * time.time())
+    new = [
+        Metric(key, value, now, step, model_id, EVALUATION, digest, run_id) for key, value in metrics.items() if (key, value) not in logged
+    ]
+    if new:
+        client.log_batch(run_id, new, synchronous=True)
+
+
+def log_table(client: MlflowClient, run_id: str, rows: list[dict[str, Any]], artifact_file: str) -> None:
+    """`rows` as a table that MLflow shows and `mlflow.load_table` reads; in place of the one that was there (MLflow's own appends)."""
+    columns = list(rows[0]) if rows else []
+    client.log_dict(run_id, {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}, artifact_file)
+    tables = json.loads(client.get_run(run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+    entry = {"path": artifact_file, "type": "table"}
+    if entry not in tables:
+        # A tag holds 8,000 characters; older tables can still be opened among the run's artifacts.
+        client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*tables[-50:], entry]))
+
+
+def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
+    """The registered model's version that holds the checkpoint with this digest; None if there is none."""
+    versions = client.search_model_versions(f"name = '{name}' AND tags.{DIGEST_TAG} = '{digest}'")
+    return str(min(versions, key=lambda version: int(version.version)).version) if versions else None
+
+
+def champion_digest(client: MlflowClient, name: str) -> str | None:
+    """The digest of the checkpoint that the alias `champion` marks; None if nothing is marked, or nothing registered."""
+    from mlflow import MlflowException
+
+    try:
+        version = client.get_registered_model(name).aliases.get(CHAMPION)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return client.get_model_version(name, version).tags.get(DIGEST_TAG) if version else None
+
+
+def set_champion(client: MlflowClient, name: str, digest: str) -> None:
+    """Move the alias to the version of this checkpoint.
+
+    Raises:
+        LookupError: no version holds it.
+    """
+    version = version_of(client, name, digest)
+    if version is None:
+        raise LookupError(f"no version of the registered model {name} holds the checkpoint {digest}")
+    client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def tag_version(client: MlflowClient, name: str, version: str, tags: dict[str, str]) -> None:
+    """Set tags of one version, in place of those with the same keys."""
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+
+
+def materialise(client: MlflowClient, model_id: str, folder: Path) -> None:
+    """Put the weights of the checkpoint in `folder` into its LoggedModel, so that it serves without the run folder. Once is enough.
+
+    Raises:
+        NotWhole: the weights are not what was written, or not this LoggedModel's.
+    """
+    from tasks.served_model import BESIDE, complaint_about
+
+    digest = client.get_logged_model(model_id).tags[DIGEST_TAG]
+    if complaint := complaint_about(folder, digest):
+        raise NotWhole(f"{folder}: {complaint}; its weights were not put into the registry")
+    there = {Path(file.path).name for file in client.list_logged_model_artifacts(model_id, BESIDE)}
+    if MANIFEST not in there:
+        for name in (MODEL, STATE, MANIFEST):  # the manifest last: with it, the folder is complete
+            client.log_model_artifact(model_id, str(folder / name), BESIDE)
