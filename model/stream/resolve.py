@@ -1,0 +1,101 @@
+"""Resolving: from `data.path` to the files that hold the samples, each counted. build-config does it; training follows the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model.config import DataConfig
+from model.errors import UserError
+from model.stream.locate import locate
+from model.stream.manifest import DataFile, DatasetManifest
+from model.stream.reader import Reader, document
+from model.stream.source import open_parquet
+from model.stream.split import PARTS, as_bytes
+
+_SAMPLED_FILES, _SAMPLED_TEXTS = 8, 128
+"""The mean number of tokens is taken over the first texts of some files."""
+_DOES_NOT_FIT = (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError)
+
+
+def resolve(data: DataConfig, seed: int, storage: Path) -> DatasetManifest:
+    """Find the files of `data.path`, open as many of them, in order, as `num_samples` needs, and count.
+
+    `quickstart` is the generated corpus, made in `storage` if it is not there. Only the columns that the filter and the split look at are
+    read, in bounded memory. If there are fewer samples than `num_samples`, the manifest has all there are and says how many.
+
+    Raises:
+        UserError: nothing there, nothing passes, a column is missing or of the wrong type, or the Hub cannot be reached.
+        Stopped: a URL does not answer.
+    """
+    reader = Reader(data, seed)
+    revision, found = locate(data, storage)
+    files = []
+    left = data.num_samples
+    for file in found:
+        counted = _count(reader, file, left)
+        if counted.samples:
+            files.append(counted)
+        if left is not None:
+            left -= counted.samples
+            if not left:
+                break
+    if not files:
+        what = "holds no rows" if data.filter is None else f"has no row that passes data.filter: {data.filter}"
+        raise UserError(f"data.path: {data.path} {what}")
+    return DatasetManifest(data.path, revision, files, _tokens_per_sample(reader, files))
+
+
+def _count(reader: Reader, file: DataFile, limit: int | None) -> DataFile:
+    """The file with its rows, its samples (at most `limit`) and its training samples counted."""
+    samples = train = 0
+    with open_parquet(file) as parquet:
+        _check_columns(reader, file, parquet)
+        rows = parquet.metadata.num_rows
+        for _, parts in reader.split(parquet, file, [], rows if limit is None else limit):
+            samples += len(parts)
+            train += int(np.count_nonzero(parts == PARTS.index("train")))
+    return replace(file, rows=rows, samples=samples, train_samples=train)
+
+
+def _check_columns(reader: Reader, file: DataFile, parquet: pq.ParquetFile) -> None:
+    """Every column that the config names is there, and of a type that works."""
+    data, schema = reader.data, parquet.schema_arrow
+    texts = [("data.text_template", name) for name in data.text_columns] + [("data.id_column", data.id_column)]
+    if data.article_column is not None:
+        texts.append(("data.article_column", data.article_column))
+    filtered = [("data.filter", name) for name in sorted(reader.filter.columns)] if reader.filter else []
+    for field, name in filtered + texts:
+        if name not in schema.names:
+            raise UserError(f"{field}: {file.name} has no column {name!r}; it has {', '.join(schema.names)}")
+    for field, name in texts:
+        try:
+            as_bytes(pa.array([], schema.field(name).type))
+        except _DOES_NOT_FIT:
+            raise UserError(f"{field}: column {name!r} of {file.name} is {schema.field(name).type}, not text") from None
+    if reader.filter is not None:
+        try:
+            reader.filter.passing(pa.RecordBatch.from_pylist([], schema=schema))
+        except _DOES_NOT_FIT as error:
+            raise UserError(f"data.filter: {reader.filter.text} does not fit the types of the columns of {file.name} ({error})") from None
+
+
+def _tokens_per_sample(reader: Reader, files: list[DataFile]) -> float:
+    step = -(-len(files) // _SAMPLED_FILES)
+    lengths = [length for file in files[::step] for length in _first_lengths(reader, file)]
+    return round(sum(lengths) / len(lengths), 2)
+
+
+def _first_lengths(reader: Reader, file: DataFile) -> Iterator[int]:
+    left = _SAMPLED_TEXTS
+    for rows in reader.samples(file, PARTS, reader.data.text_columns):
+        for text in reader.texts(rows.slice(0, left)):
+            yield len(document(text.as_py()))
+        left -= min(left, rows.num_rows)
+        if not left:
+            return
