@@ -85,6 +85,7 @@ def export(model: GPT2, folder: Path) -> None:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load: weights, config, generation config, vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)
     vocab_bpe, encoder_json = vocabulary_files()
     (folder / "merges.txt").write_bytes(vocab_bpe.read_bytes())
     (folder / "vocab.json").write_bytes(encoder_json.read_bytes())

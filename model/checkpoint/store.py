@@ -205,6 +205,7 @@ class CheckpointStore:
             entries = {}
             for name, write_file in write_files.items():
                 write_file(partial / name)
+                (partial / name).chmod(0o644)  # safetensors makes files that only their owner can read
                 _fsync(partial / name)
                 entries[name] = {"size": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
             (partial / MANIFEST).write_bytes(_manifest_text(entries).encode())

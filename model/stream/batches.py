@@ -98,7 +98,7 @@ class TrainingWindows:
                     if window is not None:
                         return window
                     self._finished.add(number)
-            self._epoch, self._turn = self._epoch + 1, 0
+            self._epoch += 1
             self._finished.clear()
         return None
 

@@ -121,7 +121,7 @@ class _FileTexts:
 
     def read(self, file: int, start: int, length: int) -> pa.LargeBinaryArray:
         """Texts of the file's training samples `start` to `start + length - 1`."""
-        if file != self._file or start < self._next:
+        if file != self._file:
             self.close()
             self._file, self._next, self._rest = file, 0, None
             self._batches = self._reader.samples(self._manifest.files[file], ["train"], self._columns)

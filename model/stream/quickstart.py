@@ -74,7 +74,7 @@ def _article(rng: random.Random, name: str, kind: Kind) -> list[dict[str, Any]]:
         language = "en"
     asked, reasoning, answer = kind.templates[language]
     fields = kind.draw(rng, language)
-    wordings = [(opener, ask) for opener in OPENERS[language] for ask in asked]
+    wordings = [("", ask) for ask in asked]
     about = fields["about"]
     if kind.recalled:
         ask = rng.choice(asked)

@@ -48,25 +48,26 @@ class Reader:
         with open_parquet(file) as parquet:
             if parquet.metadata.num_rows != file.rows:
                 raise changed(file.name, f"{parquet.metadata.num_rows:,} rows instead of {file.rows:,}")
-            for rows, found in self.split(parquet, file, columns, file.samples):
-                yield rows.take(pa.array(np.flatnonzero(np.isin(found, wanted)))).select(columns)
-                seen += len(found)
+            for batch, rows, found in self.split(parquet, file, columns, file.samples):
+                yield batch.select(columns).take(pa.array(rows[np.isin(found, wanted)]))
+                seen += len(rows)
         if seen != file.samples:
             raise changed(file.name, f"{seen:,} rows pass the filter instead of {file.samples:,}")
 
     def split(
         self, parquet: pq.ParquetFile, file: DataFile, columns: Sequence[str], limit: int
-    ) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        """The first `limit` samples by record batches, and for each sample the index of its part in `PARTS`."""
-        needed = dict.fromkeys([*(self.filter.columns if self.filter else ()), *self.split_columns(parquet), *columns])
+    ) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
+        """The first `limit` samples by record batches: a batch, which of its rows are samples, and each one's part (index into `PARTS`)."""
+        split_columns = self.split_columns(parquet)
+        needed = list(dict.fromkeys([*(self.filter.columns if self.filter else ()), *split_columns, *columns]))
         if missing := [name for name in needed if name not in parquet.schema_arrow.names]:
             raise UserError(f"data.path: {file.name} has no column {missing[0]!r}; it has {', '.join(parquet.schema_arrow.names)}")
         first_row = 0
-        for batch in self._record_batches(parquet, file, list(needed)):
+        for batch in self._record_batches(parquet, file, needed):
             rows = np.arange(batch.num_rows) if self.filter is None else self.filter.passing(batch)
             rows = rows[:limit]
-            samples = batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
-            yield samples, self.splitter.parts(samples, file.name, first_row + rows)
+            named = batch.select(split_columns).take(pa.array(rows))
+            yield batch, rows, self.splitter.parts(named, file.name, first_row + rows)
             first_row += batch.num_rows
             limit -= len(rows)
             if not limit:

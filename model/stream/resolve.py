@@ -57,7 +57,7 @@ def _count(reader: Reader, file: DataFile, limit: int | None) -> DataFile:
     with open_parquet(file) as parquet:
         _check_columns(reader, file, parquet)
         rows = parquet.metadata.num_rows
-        for _, parts in reader.split(parquet, file, [], rows if limit is None else limit):
+        for _, _, parts in reader.split(parquet, file, [], rows if limit is None else limit):
             samples += len(parts)
             train += int(np.count_nonzero(parts == PARTS.index("train")))
     return replace(file, rows=rows, samples=samples, train_samples=train)

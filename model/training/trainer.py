@@ -243,9 +243,10 @@ class Trainer:
         )
 
     def _protected(self) -> set[str]:
-        """Digests of checkpoints that the registry names (written there by the register step; the trainer asks no server)."""
-        path = self.folder.registered
-        return {entry["digest"] for entry in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else set()
+        """Digests of checkpoints that the registry's alias names, as evaluation last wrote it down: the trainer asks no server."""
+        path = self.folder.scores
+        champion = json.loads(path.read_text(encoding="utf-8"))["champion"] if path.exists() else None
+        return {champion["digest"]} if champion else set()
 
     def _leave(self) -> None:
         checkpoint = None

@@ -214,3 +214,16 @@ def test_a_device_that_is_not_there_is_one_line(new_run):
     assert process.returncode == 2
     assert errors.startswith("error: hardware.device: cuda is not there")
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_retention_spares_the_champion(new_run):
+    """Of a training that goes on after an evaluation: the champion stays, its neighbours go."""
+    folder = new_run("going-on", checkpoint={"keep_last": 1})
+    process = start_trainer(folder)
+    wait_for_step(folder, 12, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    champion = open_checkpoint(folder.checkpoints / "step_00000010")
+    folder.scores.write_text(json.dumps({"champion": {"digest": champion.digest}, "checkpoints": []}))
+    train(folder)
+    assert [c.name for c in CheckpointStore(folder.checkpoints).checkpoints()] == ["step_00000010", "step_00000040"]

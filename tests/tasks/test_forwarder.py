@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.training.journal import Journal, read_all
+from tasks import tracking
+from tasks.forwarder import CURSOR, POINTS_A_CALL, Forwarder
+from tasks.project import Project
+from tests.tasks.conftest import NAME, Server, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+class Training:
+    """Writes a journal as the trainer does."""
+
+    def __init__(self, project: Project, digest: str | None = None) -> None:
+        self.folder = project.run_folder(NAME)
+        self.digest = digest or tracking.read_config(self.folder).digest
+        self.journal = Journal(self.folder.journal)
+
+    def start(self, step: int = 0) -> None:
+        resumed = f"step_{step:08d}" if step else None
+        self.journal.append("started", step=step, config_digest=self.digest, resumed_from=resumed, device="cpu", precision="fp32")
+
+    def steps(self, first: int, last: int, loss: float = 1.0) -> None:
+        for step in range(first, last + 1):
+            self.journal.append("step", step=step, epoch=0, loss=loss + step, learning_rate=0.1, gradient_norm=None, tokens=16 * step)
+
+    def end(self, event: str, step: int) -> None:
+        self.journal.append(event, step=step)
+
+
+def forwarder(project: Project) -> Forwarder:
+    config = tracking.read_config(project.run_folder(NAME))
+    client = tracking.connect(project, project.experiment(NAME))
+    return Forwarder(client, tracking.training_run(client, project, NAME, config), project.run_folder(NAME), config.digest)
+
+
+def points(project: Project, metric: str = "train/loss") -> list[tuple[int, float, int]]:
+    """(step, value, ms) of every point that MLflow has, in the order of time."""
+    client = tracking.connect(project, project.experiment(NAME))
+    run_id = tracking.training_run(client, project, NAME, tracking.read_config(project.run_folder(NAME)))
+    return sorted(((p.step, p.value, p.timestamp) for p in client.get_metric_history(run_id, metric)), key=lambda p: (p[2], p[0]))
+
+
+def told(project: Project, field: str = "loss") -> list[tuple[int, float, int]]:
+    """The same, from the journal."""
+    return [(e["step"], e[field], round(e["time"] * 1000)) for e in read_all(project.run_folder(NAME).journal) if e["event"] == "step"]
+
+
+def run_of(project: Project) -> Any:
+    client = tracking.connect(project, project.experiment(NAME))
+    return client.get_run(tracking.training_run(client, project, NAME, tracking.read_config(project.run_folder(NAME))))
+
+
+def test_every_event_arrives_once_with_its_own_time_and_step(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 20)
+    training.journal.append("validation", step=20, loss=3.5, bits_per_byte=1.25, windows=8)
+    training.journal.append("sample", step=20, prompt="Q: 1 + 1?", text=" A: 2 ✓")
+    training.journal.append("warning", step=20, kind="disk", message="nearly full")
+    forwarder(project).send_new()
+    assert forwarder(project).send_new() == []
+    assert points(project) == told(project)
+    assert points(project, "train/tokens") == told(project, "tokens")
+    run = run_of(project)
+    assert run.data.metrics["validation/bits_per_byte"] == 1.25
+    assert "train/gradient_norm" not in run.data.metrics  # it was not finite
+    assert run.data.tags["last_warning"] == "step 20: nearly full"
+    assert run.data.tags["device"] == "cpu"
+    client = tracking.connect(project, project.experiment(NAME))
+    sample = client.download_artifacts(run.info.run_id, "samples/step_00000020.txt", str(project.root))
+    assert Path(sample).read_text(encoding="utf-8") == "Q: 1 + 1? A: 2 ✓"
+
+
+def test_a_lost_cursor_adds_nothing_twice(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 30)
+    sender = forwarder(project)
+    sender.send_new()
+    training.steps(31, 40)
+    sender._client.delete_tag(sender._run_id, CURSOR)
+    assert len(forwarder(project).send_new()) == 41
+    assert points(project) == told(project)
+
+
+def test_a_kill_in_the_middle_loses_nothing_and_adds_nothing_twice(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 700)
+    sender = forwarder(project)
+    calls: list[str] = []
+    log_batch = type(sender._client).log_batch
+
+    def second_one_kills(self: Any, *arguments: Any, **options: Any) -> None:
+        calls.append("log_batch")
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        log_batch(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sender._client), "log_batch", second_one_kills)
+        with pytest.raises(KeyboardInterrupt):
+            sender.send_new()
+    there = len(points(project))
+    assert 0 < there < 700
+    assert len(forwarder(project).send_new()) == 700 - there
+    assert points(project) == told(project)
+
+
+def test_a_long_journal_goes_in_calls_that_mlflow_takes(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 700)
+    sender = forwarder(project)
+    sizes: list[int] = []
+    log_batch = type(sender._client).log_batch
+    monkeypatch.setattr(
+        type(sender._client),
+        "log_batch",
+        lambda self, run, metrics=(), **k: (sizes.append(len(metrics)), log_batch(self, run, metrics, **k)),
+    )
+    sender.send_new()
+    assert max(sizes) <= POINTS_A_CALL
+    assert len(sizes) == 3  # 4 figures a step
+    assert points(project) == told(project)
+
+
+def test_after_a_resume_both_curves_stay_and_the_final_figures_are_the_later_ones(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 30, loss=100)
+    sender = forwarder(project)
+    sender.send_new()
+    time.sleep(0.002)
+    training.start(20)
+    training.steps(21, 30, loss=200)
+    training.end("finished", 30)
+    sender.send_new()
+    assert sorted(points(project)) == sorted(told(project))
+    run = run_of(project)
+    assert run.data.metrics["train/loss"] == 230
+    assert run.data.tags["resumed_from"] == "step_00000020"
+
+
+def test_the_runs_status_follows_the_journal(project: Project) -> None:
+    training, sender = Training(project), forwarder(project)
+    seen = []
+    for change in (training.start, lambda: training.end("stopped", 5), lambda: training.start(5), lambda: training.end("finished", 9)):
+        change()
+        sender.send_new()
+        seen.append(run_of(project).info.status)
+    assert seen == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
+    assert run_of(project).info.end_time == round(read_all(training.folder.journal)[-1]["time"] * 1000)
+
+
+def test_a_journal_that_went_on_under_another_config_goes_to_two_runs(project: Project) -> None:
+    old = Training(project)
+    old.start()
+    old.steps(1, 5)
+    forwarder(project).send_new()
+    old_points = points(project)
+    old.digest = write_config(project, learning_rate=1e-3).digest
+    old.start()
+    old.steps(1, 3)
+    forwarder(project).send_new()
+    assert len(old_points) == 5
+    assert points(project) == told(project)[5:]
+
+
+def test_a_journal_that_was_replaced_is_sent_from_its_start(project: Project) -> None:
+    first, sender = Training(project), forwarder(project)
+    first.start()
+    first.steps(1, 3)
+    sender.send_new()
+    before = points(project)
+    first.folder.journal.rename(first.folder.path / "aside.jsonl")
+    second = Training(project)
+    second.start()
+    second.steps(1, 8)  # longer than the one before
+    sender.send_new()
+    assert points(project) == before + told(project)
+
+
+def test_a_torn_line_waits_until_it_is_whole(project: Project) -> None:
+    training, sender = Training(project), forwarder(project)
+    training.start()
+    training.steps(1, 2)
+    text = training.folder.journal.read_bytes()
+    training.folder.journal.write_bytes(text[:-10])
+    assert len(sender.send_new()) == 2
+    with training.folder.journal.open("ab") as file:
+        file.write(text[-10:])
+    assert [event["step"] for event in sender.send_new()] == [2]
+
+
+# --- the process ---
+
+
+def start(project: Project, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    command = [sys.executable, "-m", "tasks.forwarder", NAME, *options]
+    return subprocess.Popen(command, cwd=project.root, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_following_ends_with_the_training(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.end("stopped", 0)  # the ending of an earlier start is not the one to wait for
+    process = start(project, "--follow")
+    wait_for(lambda: run_of(project).info.status == "KILLED")
+    assert process.poll() is None
+    training.start()
+    training.steps(1, 10)
+    training.end("finished", 10)
+    _, errors = process.communicate(timeout=30)  # communicate closes stdin, but it had ended by itself
+    assert process.returncode == 0, errors
+    assert points(project) == told(project)
+    assert run_of(project).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_trainer_that_died_leaves_a_failed_run(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 10)
+    process = start(project, "--follow")
+    _, errors = process.communicate(timeout=60)  # closes its standard input, as the stage does when the trainer is gone
+    assert process.returncode == 0, errors
+    assert points(project) == told(project)
+    assert run_of(project).info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_a_closed_mlflow_delays_the_curve_and_loses_nothing(project: Project, server: Server) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 50)
+    process = start(project, "--follow")
+    wait_for(lambda: len(points(project)) == 50)
+    server.stop()
+    training.steps(51, 80)
+    assert process.stderr is not None
+    assert "trying again" in process.stderr.readline()
+    training.steps(81, 100)
+    server.start()
+    training.end("finished", 100)
+    assert process.wait(90) == 0
+    assert points(project) == told(project)
+    assert run_of(project).info.status == "FINISHED"
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_without_mlflow_one_line_says_so_and_the_next_start_catches_up(project: Project, server: Server) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 50)
+    server.stop()
+    began = time.monotonic()
+    process = start(project)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert [line for line in errors.splitlines() if line.startswith("tracking: ")] == errors.splitlines()
+    assert "next start" in errors
+    assert time.monotonic() - began < 60
+    server.start()
+    process = start(project)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert points(project) == told(project)
