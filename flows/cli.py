@@ -63,7 +63,7 @@ def train(
 @app.command()
 def evaluate(
     name: Name,
-    questions: Annotated[int | None, typer.Option(min=1, help="Held-out questions to ask; recorded in overrides.yaml.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Held-out questions to ask; recorded in overrides.yaml.")] = None,
 ) -> None:
     """Evaluate every checkpoint that is not evaluated yet, and mark the champion. Running it again changes nothing.
 
@@ -71,6 +71,8 @@ def evaluate(
     """
     project = find_project()
     _need_checkpoints(project, name)
+    if questions is not None:
+        project.with_overrides(name, {"evaluation": {"questions": questions}})
     _run_flow(project, name, "re-evaluate", {"experiment": name, "questions": questions})
 
 
@@ -106,14 +108,17 @@ def status(name: Name, as_json: Json = False) -> None:
 
     Example: gpt2 status quickstart --json
     """
-    from tasks.overview import run_status
+    from tasks.overview import code_differs, run_status
 
-    found = run_status(find_project(), name)
+    project = find_project()
+    found = run_status(project, name)
     if as_json:
         print(json.dumps(found, indent=1))
         return
     print(f"{name}: {found['state']}, step {found['step']:,}, {found['tokens']:,} tokens")
     print(f"config {found['config_digest'] or 'not built yet'}")
+    if code_differs(project, name):
+        print("the code is not the one it was last trained with")
     for stage, state in found["stages"].items():
         print(f"  {stage:<13}{state}")
 
@@ -272,4 +277,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _say(message: str) -> None:
-    print(f"error: {' '.join(message.split())}" if message.count("\n") < 2 else f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

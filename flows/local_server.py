@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -31,6 +32,7 @@ def use_prefect_server() -> None:
 
     configured = PREFECT_API_URL.value()
     if not configured:
+        print("starting Prefect (PREFECT_API_URL names no server)", flush=True)
         _SETTINGS.enter_context(temporary_settings({PREFECT_API_URL: _own_server()}))
     elif not answers(f"{configured}/health"):
         raise ConnectionError(f"PREFECT_API_URL: no Prefect server answers at {configured}; start it, or unset it to do without")
@@ -60,10 +62,12 @@ def _own_server() -> str:
 
 
 def answers(url: str) -> bool:
-    """Whether a server says that all is well at this URL."""
+    """Whether a server answers at this URL, be it to say that it wants a key."""
     try:
-        with urllib.request.urlopen(url, timeout=5.0) as answer:  # noqa: S310 (the user's own setting)
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(url, timeout=5.0):  # noqa: S310 (the user's own setting)
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
     except (OSError, ValueError):
         return False
 

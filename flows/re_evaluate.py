@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prefect import State, flow, get_run_logger
+from prefect import State, flow, get_run_logger, runtime
 from prefect.states import Completed, Failed
 
 from flows import stages
@@ -12,18 +12,22 @@ from tasks import versioning
 from tasks.project import Project, find_project
 
 
-@flow(name="re-evaluate", flow_run_name="{experiment}")
-def re_evaluate(experiment: str = "all", questions: int | None = None) -> State[Any]:
+def _run_name() -> str:
+    return str(runtime.flow_run.parameters["experiment"] or "every experiment")
+
+
+@flow(name="re-evaluate", flow_run_name=_run_name)
+def re_evaluate(experiment: str | None = None, questions: int | None = None) -> State[Any]:
     """Register and evaluate the checkpoints of one experiment, or of all that have some.
 
     Args:
-        experiment: its name in params.yaml, or `all`. Experiments that another flow works on are left to it.
+        experiment: its name in params.yaml; by default all are evaluated, but for those that another flow works on.
         questions: how many held-out questions to ask, recorded as `evaluation.questions` in overrides.yaml; by default what is
             configured.
     """
     project = find_project()
     trained = [name for name in project.experiment_names() if any(project.run_folder(name).checkpoints.glob("step_*"))]
-    if experiment == "all":
+    if experiment is None:
         return _evaluate_all(project, trained, questions)
     if experiment not in trained:
         project.experiment(experiment)
@@ -37,6 +41,9 @@ def _evaluate_all(project: Project, names: list[str], questions: int | None) -> 
     for name in names:
         try:
             unfinished = _evaluate(project, name, questions)
+        except stages.Busy as busy:
+            get_run_logger().info("left to it: %s", busy)
+            continue
         except (UserError, versioning.StageFailed) as error:
             get_run_logger().error("%s: %s", name, error)
             failed.append(name)

@@ -45,12 +45,17 @@ class Observer(Protocol):
 OBSERVERS: list[Observer] = []
 
 
+class Busy(UserError):
+    """Another flow of this machine works on the experiment."""
+
+
 @contextlib.contextmanager
 def sole_flow(project: Project, experiment: str, patience: float = 60.0) -> Iterator[None]:
     """Meanwhile, no other flow of this machine works on the experiment. One that is being cancelled gets `patience` seconds to leave.
 
     Raises:
-        UserError: another one does.
+        Busy: another one does.
+        Stopped: while it waited.
     """
     lock = FileLock(project.scratch_folder() / f"{experiment}.lock")
     deadline = time.monotonic() + patience
@@ -62,7 +67,7 @@ def sole_flow(project: Project, experiment: str, patience: float = 60.0) -> Iter
             if STOP.wait(1.0):
                 raise Stopped(f"stopped while another flow worked on {experiment}") from None
             if time.monotonic() > deadline:
-                raise UserError(f"experiment: another flow works on {experiment}; wait for it, or cancel it") from None
+                raise Busy(f"{experiment}: another flow works on it; wait for it, or cancel it") from None
     try:
         yield
     finally:

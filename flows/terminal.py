@@ -27,7 +27,7 @@ class Terminal:
         self._journal = journal
         self._bar = Progress(
             SpinnerColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.description}", markup=False),
             console=self.console,
             transient=True,

@@ -82,6 +82,9 @@ class ModelConfig(Section):
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
     """Probability of dropping an embedding, an attention weight or a residual branch while training."""
 
+    initializer_range: Annotated[Float, Field(gt=0)] = 0.02
+    """Standard deviation of the initial weights. GPT-2's is 0.02; narrow networks learn sooner with about 1/sqrt(n_embd)."""
+
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, values: Any) -> Any:
@@ -361,13 +364,13 @@ def read_yaml(path: Path) -> Any:
 
 
 def check_experiment_name(name: str) -> str:
-    """The name itself, if it can be a folder's name and a registered model's.
+    """The name itself, if it can be a folder's name, a registered model's, and a key of DVC's (where a dot separates keys).
 
     Raises:
-        UserError: it is a path, or holds anything but letters, digits, `.`, `_`, `-`.
+        UserError: it is a path, or holds anything but letters, digits, `_`, `-`.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*", name) or len(name) > 64:
-        raise UserError(f"experiment: {name[:80]!r} is not a name: letters, digits, '.', '_' and '-', at most 64")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise UserError(f"experiment: {name[:80]!r} is not a name: letters, digits, '_' and '-', at most 64")
     return name
 
 

@@ -111,13 +111,13 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """N(0, 0.02); what is added to the residual stream is scaled by 1/sqrt(additions), section 2.3 of the paper."""
-        generator = torch.Generator().manual_seed(seed)
+        """N(0, initializer_range); what is added to the residual stream is scaled by 1/sqrt(additions), section 2.3 of the paper."""
+        generator, deviation = torch.Generator().manual_seed(seed), self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+                parameter.normal_(0.0, deviation / math.sqrt(2 * self.config.n_layer), generator=generator)
             elif parameter.dim() == 2:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.normal_(0.0, deviation, generator=generator)
             elif name.endswith(".bias"):
                 parameter.zero_()
 

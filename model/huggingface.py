@@ -70,7 +70,7 @@ def hugging_face_config(config: ModelConfig) -> dict[str, Any]:
         "n_head": config.n_head,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
+        "initializer_range": config.initializer_range,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,

@@ -29,6 +29,9 @@ def build_config(project: Project, name: str) -> None:
     manifest.write(folder.dataset)
     write_yaml(folder.evaluation_config, experiment.evaluation.model_dump(mode="json"))
     write_yaml(folder.config, config.model_dump(mode="json"))
+    asked = experiment.data.num_samples
+    if asked is not None and manifest.samples < asked:
+        print(f"data.num_samples asks for {asked:,} samples, the data hold {manifest.samples:,} that pass the filter")
     print(
         f"{manifest.samples:,} samples from {len(manifest.files)} files, "
         f"{manifest.train_samples:,} to train on; {config.total_steps:,} steps of {config.global_batch} windows; "

@@ -88,6 +88,8 @@ def challenge(challenger: Scores, incumbent: Scores) -> Verdict:
     """The champion rule on two checkpoints' items of the choosing half."""
     ours, theirs = ([row for row in scores.items if row["half"] == "choose"] for scores in (challenger, incumbent))
     assert [row["id"] for row in ours] == [row["id"] for row in theirs], "one evaluation set, one list of items"
+    if len({row["article"] for row in ours}) < 2:
+        return Verdict(False, f"stays: {len(ours)} questions of one article are too few to tell")
     interval = paired_difference(
         [row["gold_bits"] / row["gold_bytes"] for row in ours],
         [row["gold_bits"] / row["gold_bytes"] for row in theirs],

@@ -9,6 +9,7 @@ import psutil
 from model.checkpoint.store import CheckpointStore, NotWhole, open_checkpoint, step_of
 from model.config import RunConfig, read_yaml, validated
 from model.run_folder import RunFolder
+from model.training.identity import code_identity
 from model.training.journal import Event, read_current
 from tasks import versioning
 from tasks.project import Project, read_json
@@ -67,6 +68,12 @@ def run_status(project: Project, name: str) -> Row:
         "tokens": steps[-1]["tokens"] if steps else 0,
         "stages": versioning.stage_states(project, name),
     }
+
+
+def code_differs(project: Project, name: str) -> bool:
+    """Whether the code is another one than the run was last trained with. Code is no part of a run's identity, but good to know of."""
+    started = [event for event in read_current(project.run_folder(name).journal) if event["event"] == "started"]
+    return bool(started) and started[-1]["code"] != code_identity()
 
 
 def _state(folder: RunFolder, events: list[Event]) -> str:

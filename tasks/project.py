@@ -1,4 +1,4 @@
-"""Where a project's files lie, and what its experiments are: `params.yaml` plus what this run changed (`overrides.yaml`)."""
+"""Where a project's files lie, and what its experiments are: `params.yaml` plus what the last run changed (`overrides.yaml`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ OVERRIDES = "overrides.yaml"
 STAGES = "dvc.yaml"
 
 _OVERRIDES_HEADER = """\
-# What `--set` and a deployment's parameters changed, by experiment; `{}`: nothing. Written by `gpt2 train`, watched by DVC.
-# To change an experiment for good, edit params.yaml instead.
+# The experiments that were started: DVC knows the stages of these. After each name what `--set` or a deployment's parameters changed
+# when it was last run; `{}`: nothing. Written by `gpt2 train`. To change an experiment for good, edit params.yaml instead.
 """
 
 
@@ -41,6 +41,10 @@ class Project:
         experiments = params.get("experiments") if isinstance(params, dict) else None
         return list(experiments) if isinstance(experiments, dict) else []
 
+    def was_started(self, name: str) -> bool:
+        """Whether DVC knows the experiment's stages: it was run once, on this machine or where the clone comes from."""
+        return name in self._all_overrides()
+
     def experiment(self, name: str) -> Experiment:
         """The experiment as it stands: params.yaml and its recorded overrides.
 
@@ -58,14 +62,15 @@ class Project:
         return self._all_overrides().get(name) or {}
 
     def record_overrides(self, name: str, overrides: dict[str, Any]) -> None:
-        """Make `overrides` the experiment's recorded ones, in place of what was recorded. Equal ones leave the file alone."""
+        """Make `overrides` the experiment's recorded ones, in place of what was recorded. From now on DVC knows the experiment's stages.
+        Equal ones leave the file alone."""
         check_experiment_name(name)
         scratch = self.scratch_folder()
         with FileLock(scratch / "overrides.lock"):
             recorded = self._all_overrides()
             if name in recorded and recorded[name] == overrides:
                 return
-            text = yaml.safe_dump({**recorded, name: overrides}, sort_keys=False, allow_unicode=True, width=120)
+            text = yaml.safe_dump({"overrides": {**recorded, name: overrides}}, sort_keys=False, allow_unicode=True, width=120)
             partial = scratch / OVERRIDES
             partial.write_text(_OVERRIDES_HEADER + text, encoding="utf-8")
             os.replace(partial, self.root / OVERRIDES)
@@ -88,10 +93,10 @@ class Project:
 
     def _all_overrides(self) -> dict[str, Any]:
         path = self.root / OVERRIDES
-        recorded = read_yaml(path) if path.exists() else {}
-        if not isinstance(recorded or {}, dict):
-            raise UserError(f"{OVERRIDES}: must be groups of fields by experiment, such as `quickstart: {{}}`")
-        return recorded or {}
+        recorded = read_yaml(path) if path.exists() else {"overrides": {}}
+        if not isinstance(recorded, dict) or set(recorded) != {"overrides"} or not isinstance(recorded["overrides"], dict):
+            raise UserError(f"{OVERRIDES}: must be one group `overrides` of fields by experiment, such as `quickstart: {{}}`")
+        return recorded["overrides"]
 
 
 def find_project(start: Path | None = None) -> Project:

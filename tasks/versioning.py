@@ -178,6 +178,8 @@ def _recorded_stages(project: Project) -> set[str]:
 
 def _changed_stages(project: Project, experiment: str, stages: Sequence[str]) -> set[str] | None:
     """Which of the stages `dvc status` calls changed; None if one of them is running."""
+    if not project.was_started(experiment):
+        return set(stages)
     result = _dvc(project, "status", "--json", *(f"{stage}@{experiment}" for stage in stages))
     if result.returncode == 0:
         return {target.partition("@")[0] for target in json.loads(result.stdout)}

@@ -29,17 +29,18 @@ def test_recorded_overrides_take_effect_and_replace_the_last_ones(new_project: P
     assert new_project.experiment(NAME).training.learning_rate == 0.5
 
 
-def test_every_experiment_that_ran_has_a_key_because_dvc_needs_one(new_project: Project) -> None:
+def test_every_experiment_that_was_started_has_a_key_from_which_dvc_knows_its_stages(new_project: Project) -> None:
     new_project.record_overrides(NAME, {})
     new_project.record_overrides("other", {"seed": 1})
-    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {NAME: {}, "other": {"seed": 1}}
+    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {"overrides": {NAME: {}, "other": {"seed": 1}}}
 
 
 def test_equal_overrides_leave_the_file_as_it_is(new_project: Project) -> None:
     overrides = new_project.root / "overrides.yaml"
-    overrides.write_text(f"# mine\n{NAME}: {{}}\n")
+    mine = f"# mine\noverrides:\n  {NAME}: {{}}\n"
+    overrides.write_text(mine)
     new_project.record_overrides(NAME, {})
-    assert overrides.read_text() == f"# mine\n{NAME}: {{}}\n"
+    assert overrides.read_text() == mine
 
 
 def test_processes_that_record_at_once_lose_nothing(new_project: Project) -> None:
@@ -48,11 +49,12 @@ def test_processes_that_record_at_once_lose_nothing(new_project: Project) -> Non
     names = [f"experiment{n}" for n in range(4)]
     writers = [subprocess.Popen([sys.executable, "-c", program, str(new_project.root), name]) for name in names]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0, 0]
-    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {name: {"seed": 19} for name in names}
+    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {"overrides": {name: {"seed": 19} for name in names}}
 
 
-def test_an_overrides_file_that_is_a_list_is_the_users_mistake(new_project: Project) -> None:
-    (new_project.root / "overrides.yaml").write_text("- 1\n")
+@pytest.mark.parametrize("text", ["- 1\n", "quickstart: {}\n", "overrides:\n"])
+def test_an_overrides_file_of_another_shape_is_the_users_mistake(new_project: Project, text: str) -> None:
+    (new_project.root / "overrides.yaml").write_text(text)
     with pytest.raises(UserError, match=r"overrides\.yaml"):
         new_project.experiment(NAME)
 

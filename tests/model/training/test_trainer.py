@@ -14,6 +14,8 @@ from model.config import read_yaml, write_yaml
 from model.training.journal import read_all, read_current
 from tests.model.training.conftest import final, make_run, start_trainer, train
 
+pytestmark = pytest.mark.slow
+
 
 def wait_for_step(folder, step, process):
     deadline = time.monotonic() + 60

@@ -1,0 +1,202 @@
+"""The commands as people and scripts meet them: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows import cli
+from model.errors import EXIT_FAULT, EXIT_USER
+from tasks.project import Project
+from tests.tasks.conftest import NAME, make_project, write_checkpoint
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "evaluate", "checkpoints", "status", "generate", "export", "services")
+Answer = tuple[int, str, str]
+"""Exit code, standard output, standard error."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    project = make_project(tmp_path / "a project")
+    shutil.copy(ROOT / "dvc.yaml", project.root)
+    shutil.copytree(ROOT / ".dvc", project.root / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
+    subprocess.run(["git", "init", "-q"], cwd=project.root, check=True)
+    monkeypatch.chdir(project.root)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    return project
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["gpt2", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(gpt2: Callable[..., Answer], command: str) -> None:
+    code, out, _ = gpt2(command, "--help")
+    assert code == 0
+    assert f"Example: gpt2 {command}" in out
+
+
+def test_help_lists_every_command(gpt2: Callable[..., Answer]) -> None:
+    code, out, _ = gpt2("--help")
+    assert code == 0
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    program = "import sys, flows.cli; print(sorted({'torch', 'prefect', 'mlflow', 'dvc', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["train", "nothing"], "nothing"),
+        (["train", "../elsewhere"], "experiment"),
+        (["train", NAME, "--set", "training.max_stepz=3"], "training.max_stepz"),
+        (["train", NAME, "--set", "training.max_steps=many"], "training.max_steps"),
+        (["train", NAME, "--set", "training.max_steps"], "--set"),
+        (["train", NAME, "--set", "storage.base_folder=/not/there/at/all"], "storage.base_folder"),
+        (["train"], "NAME"),
+        (["fly"], "fly"),
+        (["evaluate", NAME, "--questions", "many"], "--questions"),
+        (["evaluate", NAME], "no checkpoints"),
+        (["generate", NAME, "Q:"], "no checkpoints"),
+        (["status", "nothing"], "nothing"),
+        (["checkpoints", "nothing"], "nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it_and_changes_nothing(
+    project: Project, gpt2: Callable[..., Answer], arguments: list[str], field: str
+) -> None:
+    before = files(project.root)
+    code, out, err = gpt2(*arguments)
+    assert (code, out) == (EXIT_USER, "")
+    assert field in err
+    assert err.count("\n") == 1
+    assert files(project.root) == before
+
+
+def test_outside_a_project(tmp_path: Path, gpt2: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = gpt2("train", "quickstart")
+    assert code == EXIT_USER
+    assert "params.yaml" in err
+
+
+def test_a_machine_without_what_it_takes_is_told_all_of_it_before_anything_changes(
+    project: Project, gpt2: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "mps" if torch.cuda.is_available() else "cuda"
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    before = files(project.root)
+    code, out, err = gpt2("train", NAME, "--set", f"hardware.device={missing}", "--set", "data.path=PleIAs/SYNTH")
+    assert (code, out) == (EXIT_USER, "")
+    assert err.count("\n") == 1
+    assert "hardware.device" in err
+    assert "data.path" in err
+    assert files(project.root) == before
+    assert not (project.root.parent / "prefect").exists(), "no server was started"
+
+
+def test_the_list_of_checkpoints_for_scripts(project: Project, gpt2: Callable[..., Answer]) -> None:
+    first, second = write_checkpoint(project, 10), write_checkpoint(project, 20)
+    folder = project.run_folder(NAME)
+    folder.registered.write_text(json.dumps([{"name": first.name, "digest": first.digest, "version": "3"}]))
+    folder.scores.write_text(json.dumps({"champion": {"digest": first.digest}, "checkpoints": []}))
+    code, out, _ = gpt2("checkpoints", NAME, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["name"] for row in rows] == ["step_00000010", "step_00000020"]
+    expected = {"step": 10, "digest": first.digest, "model_sha256": first.model_sha256, "whole": True, "champion": True, "version": "3"}
+    assert rows[0].items() >= expected.items()
+    assert rows[1].items() >= {"digest": second.digest, "whole": True, "champion": False, "version": None}.items()
+
+
+def test_verify_finds_the_flipped_bit(project: Project, gpt2: Callable[..., Answer]) -> None:
+    checkpoint = write_checkpoint(project, 10)
+    weights = checkpoint.path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert json.loads(gpt2("checkpoints", NAME, "--json")[1])[0]["whole"] is True, "its size is right"
+    code, out, err = gpt2("checkpoints", NAME, "--verify", "--json")
+    assert code == EXIT_FAULT
+    assert json.loads(out)[0]["whole"] is False
+    assert "step_00000010/model.safetensors" in err
+
+
+def test_the_status_of_a_run_that_has_not_begun(project: Project, gpt2: Callable[..., Answer]) -> None:
+    code, out, _ = gpt2("status", NAME, "--json")
+    assert code == 0
+    status = json.loads(out)
+    assert (status["experiment"], status["state"], status["step"], status["tokens"]) == (NAME, "not started", 0, 0)
+    assert status["stages"] == dict.fromkeys(("build-config", "train", "register", "evaluate"), "never run")
+
+
+def test_the_champion_writes_on_and_is_exported(project: Project, gpt2: Callable[..., Answer]) -> None:
+    champion, newer = write_checkpoint(project, 10), write_checkpoint(project, 20)
+    (newer.path / "model.safetensors").unlink()  # whoever uses it fails
+    project.run_folder(NAME).scores.write_text(json.dumps({"champion": {"digest": champion.digest}, "checkpoints": []}))
+    code, text, _ = gpt2("generate", NAME, "Q: How", "--max-new-tokens", "5")
+    assert code == 0
+    assert text.startswith("Q: How")
+    assert len(text) > len("Q: How\n")
+    assert gpt2("generate", NAME, "Q: How", "--max-new-tokens", "5", "--checkpoint", "step_00000010")[1] == text
+    assert gpt2("generate", NAME, "Q: How", "--checkpoint", "step_00000020")[0] == EXIT_USER
+    code, _, err = gpt2("generate", NAME, "Q: How", "--checkpoint", "step_00000030")
+    assert code == EXIT_USER
+    assert "step_00000010, step_00000020" in err
+
+    assert gpt2("export", NAME, "out")[0] == 0
+    assert {"config.json", "model.safetensors", "vocab.json", "merges.txt"} <= {path.name for path in Path("out").iterdir()}
+    assert gpt2("export", NAME, "out")[0] == EXIT_USER
+
+
+def test_too_few_questions_are_refused_before_anything_starts(project: Project, gpt2: Callable[..., Answer]) -> None:
+    write_checkpoint(project, 10)
+    before = files(project.root)
+    code, _, err = gpt2("evaluate", NAME, "--questions", "0")
+    assert code == EXIT_USER
+    assert "evaluation.questions" in err
+    assert files(project.root) == before
+
+
+def test_damage_is_refused(project: Project, gpt2: Callable[..., Answer]) -> None:
+    checkpoint = write_checkpoint(project, 10)
+    weights = checkpoint.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    code, _, err = gpt2("generate", NAME, "Q: How")
+    assert code == EXIT_USER
+    assert "model.safetensors" in err
+
+
+def test_a_configured_server_that_is_not_there_is_named(
+    project: Project, gpt2: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = subprocess.run([sys.executable, "-c", "from flows.cli import main; main()", "train", NAME], capture_output=True, text=True)
+    assert done.returncode == EXIT_FAULT
+    assert done.stderr.count("\n") == 1
+    assert "PREFECT_API_URL" in done.stderr
