@@ -240,19 +240,20 @@ def _need_checkpoints(project: Project, name: str) -> None:
 
 
 def _show_result(project: Project, name: str) -> None:
-    from tasks.overview import checkpoint_list
+    from tasks.overview import checkpoint_list, example_question
 
     console = Console(soft_wrap=True, highlight=False)
     console.print()
     console.print(_table(checkpoint_list(project, name)))
     console.print("\nNext:")
-    for command, what in (
-        (f'gpt2 generate {name} "Q: What is 12 + 30?"', "the champion writes on"),
-        (f"gpt2 checkpoints {name} --verify", "is every byte as it was written?"),
-        (f"gpt2 export {name} exported/", "the champion for transformers"),
-        ("gpt2 services", "Prefect's and MLflow's pages: runs, curves, answers, registry"),
-    ):
-        console.print(f"  {command:<50}{what}")
+    suggestions = {
+        f'gpt2 generate {name} "{example_question(project, name)}"': "the champion writes on",
+        f"gpt2 checkpoints {name} --verify": "is every byte as it was written?",
+        f"gpt2 export {name} exported/": "the champion for transformers",
+        "gpt2 services": "Prefect's and MLflow's pages: runs, curves, answers, registry",
+    }
+    for command, what in suggestions.items():
+        console.print(f"  {command:<{max(map(len, suggestions))}}  {what}", markup=False)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

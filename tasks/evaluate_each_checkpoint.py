@@ -52,6 +52,7 @@ def evaluate_each_checkpoint(project: Project, name: str) -> None:
         _log(client, name, entry, scored[entry["digest"]], row, items)
     crowned = next((entry for entry in registered if entry["digest"] == champion), None)
     summary = {
+        "example": _example(scored.get(champion)) if champion else None,
         "champion": crowned and {key: crowned[key] for key in ("name", "digest", "version")},
         "evaluation_set": items.digest,
         "checkpoints": rows,
@@ -59,6 +60,12 @@ def evaluate_each_checkpoint(project: Project, name: str) -> None:
     partial = folder.scores.with_name(f".{folder.scores.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder.scores)
+
+
+def _example(scores: Scores | None) -> str | None:
+    """A held-out question that was answered right, for people to try."""
+    right = [item["prompt"] for item in scores.items if item["exact_match"]] if scores else []
+    return right[0].partition("\n")[0] if right else None
 
 
 def _crown(client: Any, name: str, registered: list[dict[str, Any]], scored: dict[str, Scores], folder: RunFolder) -> dict[str, Verdict]:

@@ -48,6 +48,12 @@ def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[R
     return rows
 
 
+def example_question(project: Project, name: str) -> str:
+    """A held-out question that the champion answered right; a plain one if there is none."""
+    scores = read_json(project.run_folder(name).scores) or {}
+    return scores.get("example") or "Q: What is 12 + 30?"
+
+
 def run_status(project: Project, name: str) -> Row:
     """How far a run is: experiment, config_digest, state, step, tokens, and each stage as DVC sees it.
 

@@ -126,13 +126,13 @@ def until(true: Callable[[], Any], seconds: float = 120.0, what: str = "") -> An
     return value
 
 
-def until_it_trains(clone: Clone, experiment: str, more_than: int = 2) -> None:
+def until_it_trains(clone: Clone, experiment: str) -> None:
     """Wait until the trainer that runs now has taken some steps."""
 
     def steps() -> bool:
         trainers = clone.trainers()
         since = trainers[0].create_time() if trainers else float("inf")
-        return sum(event["event"] == "step" and event["time"] > since for event in clone.journal(experiment)) > more_than
+        return sum(event["event"] == "step" and event["time"] > since for event in clone.journal(experiment)) > 2
 
     until(steps, what=f"{experiment} trains")
 
@@ -162,8 +162,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
     tiny = {
         "model": {"preset": "nano", "dropout": 0.1},
         "data": {"path": str(home / "corpus"), "max_length": 32, "buffer_size": 100, "lanes": 2},
-        "training": {"batch_size": 2, "num_epochs": 100_000, "max_steps": 120, "warmup_steps": 5, "eval_freq": 60, "eval_iters": 1},
-        "checkpoint": {"save_every_n_iterations": 60},
+        "training": {"batch_size": 2, "num_epochs": 100_000, "max_steps": 240, "warmup_steps": 5, "eval_freq": 120, "eval_iters": 1},
+        "checkpoint": {"save_every_n_iterations": 120},
         "evaluation": {"questions": 4, "max_new_tokens": 4},
         "hardware": {"device": "cpu"},
     }

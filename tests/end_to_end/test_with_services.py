@@ -31,15 +31,15 @@ def test_a_deployed_run_completes_and_dvc_has_nothing_left_to_do(clone: Clone, s
     assert services.state(flow_run_id) == "Completed"
     assert services.task_states(flow_run_id) == dict.fromkeys(TASKS, "Completed")
     artifacts = {artifact["key"]: artifact for artifact in services.ask("artifacts/filter", {})}
-    assert "120/120" in artifacts["training-quickstart"]["description"]
+    assert "240/240" in artifacts["training-quickstart"]["description"]
     assert float(artifacts["training-quickstart"]["data"]) == 100
-    assert "step_00000120" in artifacts["checkpoints-quickstart"]["data"]
+    assert "step_00000240" in artifacts["checkpoints-quickstart"]["data"]
 
     assert "up to date" in clone.run(*DVC, "status").stdout
     repro = clone.run(*DVC, "repro")
     assert repro.stdout.count("didn't change, skipping") == len(STAGES)
     rows = clone.checkpoints("quickstart")
-    assert [row["step"] for row in rows] == [60, 120]
+    assert [row["step"] for row in rows] == [120, 240]
     assert all(row["whole"] and row["version"] for row in rows)
     assert sum(row["champion"] for row in rows) == 1
     assert clone.status("quickstart")["state"] == "finished"
