@@ -53,7 +53,7 @@ def make_project(root: Path, **changes: object) -> Project:
     write_corpus(root / "corpus", seed=1, rows=1500, files=3)
     experiment = {**EXPERIMENT, **changes, "data": {**EXPERIMENT["data"], "path": str(root / "corpus")}}
     (root / "params.yaml").write_text(yaml.safe_dump({"defaults": {}, "experiments": {NAME: experiment}}))
-    (root / "overrides.yaml").write_text(f"{NAME}: {{}}\n")
+    (root / "overrides.yaml").write_text(f"overrides: {{{NAME}: {{}}}}\n")
     (root / "dvc.yaml").write_text("stages: {}\n")
     return Project(root)
 
@@ -81,7 +81,7 @@ def test_a_mistake_changes_nothing_and_is_one_line(done: Project) -> None:
     before = folder.config.read_bytes()
     overrides = (done.root / "overrides.yaml").read_text()
     try:
-        (done.root / "overrides.yaml").write_text(f"{NAME}: {{data: {{path: /nowhere/at/all}}}}\n")
+        (done.root / "overrides.yaml").write_text(f"overrides: {{{NAME}: {{data: {{path: /nowhere/at/all}}}}}}\n")
         _, errors = run(done, "build_config", exit_code=2)
     finally:
         (done.root / "overrides.yaml").write_text(overrides)
