@@ -40,9 +40,10 @@ def next_tokens(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """Each new token of every prompt (int64, one a prompt), until `max_new_tokens` or all have ended their text.
+    """Each new token of every prompt (int64, one a prompt), until `max_new_tokens`, the end of the context, or all have ended their text.
 
-    A prompt too long for the context loses its beginning. Shorter prompts are padded on the left, out of sight.
+    A prompt that leaves no room for `max_new_tokens` loses its beginning, but never more than half a context is kept free.
+    Shorter prompts are padded on the left, out of sight.
 
     Raises:
         ValueError: no prompt, an empty one, or no room for a new token.
@@ -50,20 +51,20 @@ def next_tokens(
     if not prompts or not all(prompts):
         raise ValueError("prompts: give at least one, none of them empty")
     capacity = model.config.context_length
-    max_new_tokens = min(max_new_tokens, capacity - 1)
     if max_new_tokens < 1:
         raise ValueError("max_new_tokens: must be at least 1")
-    prompts = [list(prompt)[-(capacity - max_new_tokens) :] for prompt in prompts]
+    prompts = [list(prompt)[-(capacity - min(max_new_tokens, capacity // 2)) :] for prompt in prompts]
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed) if temperature else None
     longest = max(map(len, prompts))
+    max_new_tokens = min(max_new_tokens, capacity - longest)
     tokens_BT = torch.tensor([[END_OF_TEXT] * (longest - len(p)) + list(p) for p in prompts], device=device)
     real_BT = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=device)
     positions_BT = (real_BT.cumsum(dim=1) - 1).clamp(min=0)
     # A padded position may look at itself, so that no row of the softmax is empty; nobody looks at it.
     causal_TT = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     mask_BTS = causal_TT & real_BT[:, None] | torch.eye(longest, dtype=torch.bool, device=device)
-    cache = KeyValueCache(model.config, len(prompts), min(longest + max_new_tokens, capacity), model.wte.weight)
+    cache = KeyValueCache(model.config, len(prompts), longest + max_new_tokens, model.wte.weight)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         x_BD = model.hidden(tokens_BT, cache, positions_BT, mask_BTS)[:, -1]

@@ -50,6 +50,13 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning(model):
     assert generate(model, [long], 8) == generate(model, [long[-room:]], 8)
 
 
+def test_asking_for_more_than_the_context_keeps_the_prompt_and_stops_at_the_end(model):
+    prompt = encode("Q: What is the name of the river?")
+    (written,) = generate(model, [prompt], 10_000)
+    room = CONFIG.context_length - len(prompt)
+    assert written == recomputed(model, prompt, room)
+
+
 def test_sampling_is_repeatable_and_varies_with_the_seed(model):
     settings = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
     first, again, other = (answer(model, ["Q: "], 12, seed=seed, **settings) for seed in (1, 1, 2))
