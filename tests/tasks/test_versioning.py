@@ -33,14 +33,15 @@ step, name = Path(__file__).stem, sys.argv[1]
 behaviour = json.loads(Path("behaviour.json").read_text()).get(f"{step} {name}", "")
 folder = Path("runs") / name
 folder.mkdir(parents=True, exist_ok=True)
-with Path(f"ran-{name}.txt").open("a") as log:
-    log.write(f"{step} {os.getpid()}\\n")
 
 def on_signal(number, frame):
     print("error: stopped: saved", file=sys.stderr, flush=True)
     sys.exit(75)
 
-signal.signal(signal.SIGTERM, on_signal)
+signal.signal(signal.SIGTERM, on_signal)  # before the line that tells the test that a stop may come
+
+with Path(f"ran-{name}.txt").open("a") as log:
+    log.write(f"{step} {os.getpid()}\\n")
 print(f"{step} says hello, watched by {os.environ['GPT2_WATCH_PID']}", flush=True)
 if behaviour == "sleep":
     time.sleep(120)
