@@ -137,7 +137,7 @@ def until_it_trains(clone: Clone, experiment: str) -> None:
     until(steps, what=f"{experiment} trains")
 
 
-def until_left(clone: Clone, seconds: float = 10.0) -> None:
+def until_left(clone: Clone, seconds: float = 20.0) -> None:
     """Wait until no trainer is alive: `seconds` at most. Then until DVC and the stage have noticed, too."""
     until(lambda: not clone.trainers(), seconds, "the trainer leaves")
     until(lambda: not clone.stages(), 60.0, "DVC and the stage leave")

@@ -91,7 +91,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_training_follows(clone: Clone) -
     os.killpg(flow.pid, signal.SIGINT)
     time.sleep(0.2)
     os.killpg(flow.pid, signal.SIGINT)
-    assert flow.wait(2) == EXIT_STOPPED
+    assert flow.wait(5) == EXIT_STOPPED
     until_left(clone)
     assert clone.checkpoints("samples2m")[-1]["whole"]
 
