@@ -14,8 +14,8 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 from flows.stop import STOP
-from model.config import parse_overrides
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from model.params import parse_overrides
 from tasks.project import Project, find_project
 
 app = typer.Typer(

@@ -6,8 +6,8 @@ from prefect import State, flow, get_run_logger, runtime
 from prefect.states import Completed, Failed
 
 from flows import stages
-from model.config import merge
 from model.errors import UserError
+from model.params import merge
 from tasks import versioning
 from tasks.project import Project, find_project
 

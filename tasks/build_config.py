@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
-from model.config import DatasetSummary, Experiment, RunConfig, write_yaml
+from model.config import DatasetSummary, Experiment, RunConfig
 from model.errors import UserError
+from model.params import write_yaml
 from model.stream.manifest import DatasetManifest
 from model.stream.resolve import resolve
 from tasks.project import Project

@@ -13,10 +13,11 @@ from typing import Any
 from filelock import FileLock
 
 from model.checkpoint.store import open_checkpoint
-from model.config import EvaluationConfig, read_yaml, validated
+from model.config import EvaluationConfig
 from model.device import pick_device
 from model.evaluation.comparison import Verdict, judge, paired_difference
 from model.evaluation.scoring import EvaluationSet, Scores, evaluation_set, score, store_scores, stored_scores
+from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.run import read_run
 from tasks import tracking

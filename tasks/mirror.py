@@ -21,7 +21,8 @@ from typing import Any
 import fsspec
 
 from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWhole, open_checkpoint
-from model.config import RunConfig, read_yaml, validated
+from model.config import RunConfig
+from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from tasks.project import Project
 

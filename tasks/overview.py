@@ -7,7 +7,8 @@ from typing import Any
 import psutil
 
 from model.checkpoint.store import CheckpointStore, NotWhole, open_checkpoint, step_of
-from model.config import RunConfig, read_yaml, validated
+from model.config import RunConfig
+from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.identity import code_identity
 from model.training.journal import Event, read_current

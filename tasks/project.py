@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
-from model.config import Experiment, check_experiment_name, load_experiment, read_yaml
+from model.config import Experiment
 from model.errors import UserError
+from model.params import check_experiment_name, load_experiment, read_yaml
 from model.run_folder import RunFolder
 
 PARAMS = "params.yaml"

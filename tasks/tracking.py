@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from model.checkpoint.store import MANIFEST, MODEL, STATE, NotWhole
-from model.config import Experiment, RunConfig, read_yaml, validated
+from model.config import Experiment, RunConfig
 from model.errors import UserError
+from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.journal import read_all
 from tasks.project import Project

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from model.config import RunConfig, read_yaml, validated
+from model.config import RunConfig
 from model.errors import UserError
+from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.stream.manifest import DatasetManifest
 

@@ -20,9 +20,10 @@ import yaml
 from safetensors.torch import save_file
 
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
-from model.config import RunConfig, write_yaml
+from model.config import RunConfig
 from model.gpt2 import GPT2
 from model.huggingface import save_weights
+from model.params import write_yaml
 from tasks import tracking
 from tasks.project import Project
 

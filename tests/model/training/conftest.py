@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from model.config import Experiment, merge, write_yaml
+from model.config import Experiment
+from model.params import merge, write_yaml
 from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.stream.resolve import resolve

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.checkpoint.store import CheckpointStore, open_checkpoint
-from model.config import read_yaml, write_yaml
+from model.params import read_yaml, write_yaml
 from model.training.journal import read_all, read_current
 from tests.model.training.conftest import final, make_run, start_trainer, train
 
