@@ -6,14 +6,14 @@ into a `RunConfig`: everything that decides the result of training and nothing t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import string
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from model.digest import digest_of
 
 SYNTH_TEMPLATE = "Q: {query}\n\nReasoning:\n{synthetic_reasoning}\n\nA: {synthetic_answer}"
 
@@ -115,7 +115,13 @@ class DataConfig(Section):
     buffer_size: PositiveInt = 10_000
     """Samples held for shuffling, shared among the lanes."""
     lanes: Annotated[int, Field(ge=1, le=256)] = 8
-    """Independent sub-streams, each with its own files, shuffle and packer. Part of the order of the data."""
+    """Independent sub-streams, each with its own samples, shuffle and packer; the number of ranks must divide it. Part of the order of
+    the data."""
+    quarantine: bool = False
+    """Go on without files that cannot be decoded or lack a column, saying so and counting what is lost; false: such a file is an error."""
+    cache: bool = False
+    """Keep the tokens of the first epoch on the disk (2 bytes each, in runs/.tokens) for the next ones and for other experiments on the
+    same samples. Changes no result."""
 
     @model_validator(mode="after")
     def _template_has_columns(self) -> DataConfig:
@@ -294,12 +300,8 @@ class RunConfig(Section):
     def digest(self) -> str:
         """The run's identity: SHA-256 of the canonical JSON.
 
-        Without `checkpoint_to_resume` (where to go on is not what to train), and without the data's place: `dataset.digest` names the data.
+        Without `checkpoint_to_resume` (where to go on is not what to train), without the data's place (`dataset.digest` names the data),
+        and without its cache.
         """
-        place = {"checkpoint": {"checkpoint_to_resume"}, "data": {"path", "revision"}, "dataset": {"revision"}}
+        place = {"checkpoint": {"checkpoint_to_resume"}, "data": {"path", "revision", "cache"}, "dataset": {"revision"}}
         return digest_of(self.model_dump(mode="json", exclude=place))
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 (hex) of a JSON value's canonical form: sorted keys, no spaces."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()

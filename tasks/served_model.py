@@ -22,7 +22,8 @@ import pandas  # type: ignore[import-untyped]
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from model.checkpoint.store import MANIFEST, MODEL, STATE, file_sha256
+from model.checkpoint.store import MANIFEST, MODEL, STATE
+from model.digest import file_sha256
 
 BESIDE = "checkpoint"
 """The folder in the model's artifacts that holds a champion's weights."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.config import digest_of
+from model.digest import digest_of, file_sha256
 from model.errors import NoWholeCheckpoint
 
 MANIFEST = "manifest.json"
@@ -86,12 +86,6 @@ def step_of(name: str) -> int:
     if not match:
         raise ValueError(f"{name!r} is not a checkpoint's name, such as step_00001000")
     return int(match[1])
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:

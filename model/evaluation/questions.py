@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.config import DataConfig, digest_of
+from model.config import DataConfig
+from model.digest import digest_of
 from model.generation import generate
 from model.gpt2 import GPT2
 from model.tokenizer import END_OF_TEXT, decode, encode

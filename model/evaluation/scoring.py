@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import torch
 
 from model.checkpoint.store import Checkpoint
-from model.config import EvaluationConfig, RunConfig, digest_of
+from model.config import EvaluationConfig, RunConfig
+from model.digest import digest_of
 from model.evaluation.likelihood import continuation_bits, validation_loss
 from model.evaluation.questions import Question, ask, make_questions, questions_digest
 from model.gpt2 import GPT2

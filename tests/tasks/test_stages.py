@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from model.checkpoint.store import CheckpointStore, file_sha256
+from model.checkpoint.store import CheckpointStore
+from model.digest import file_sha256
 from model.stream.quickstart import write_corpus
 from model.training.journal import read_all, read_current
 from tasks import tracking
