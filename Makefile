@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: 
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest -m "not slow" -q
 
-test: $(VENV)/.installed-dev ## every check and every test: under fifteen minutes
+test: $(VENV)/.installed-dev ## every check and every test: under twenty-five minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

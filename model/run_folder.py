@@ -48,6 +48,16 @@ class RunFolder:
         return self.path / "metrics.json"
 
     @property
+    def validation_windows(self) -> Path:
+        """The windows that the loss is measured on while training (train)."""
+        return self.path / ".validation_windows.safetensors"
+
+    @property
+    def token_caches(self) -> Path:
+        """Token caches, shared among the runs beside this one."""
+        return self.path.parent / ".tokens"
+
+    @property
     def registered(self) -> Path:
         """Which checkpoint is which version of the registered model (register)."""
         return self.path / "registered.json"
@@ -61,6 +71,11 @@ class RunFolder:
     def scores(self) -> Path:
         """Summary of every checkpoint's scores and the champion, for `dvc metrics` (evaluate)."""
         return self.path / "scores.json"
+
+    @property
+    def report(self) -> Path:
+        """Pages and plots for people to look at; made anew whenever they are asked for."""
+        return self.path / "report"
 
     @property
     def aside(self) -> Path:

@@ -30,6 +30,8 @@ def build_config(project: Project, name: str) -> None:
     manifest.write(folder.dataset)
     write_yaml(folder.evaluation_config, experiment.evaluation.model_dump(mode="json"))
     write_yaml(folder.config, config.model_dump(mode="json"))
+    for fault in manifest.left_out:
+        print(f"left out: {fault}")
     asked = experiment.data.num_samples
     if asked is not None and manifest.samples < asked:
         print(f"data.num_samples asks for {asked:,} samples, the data hold {manifest.samples:,} that pass the filter")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import glob
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import filelock
 
 from model.config import DataConfig
+from model.digest import file_sha256
 from model.errors import Stopped, UserError
 from model.stream import hub, quickstart
 from model.stream.manifest import DataFile
@@ -63,7 +63,12 @@ def _local_files(path: str) -> list[DataFile]:
     visible = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
     if not visible:
         raise UserError(f"data.path: {path} names no parquet files; give a folder, file, glob, URL or dataset of the Hub (owner/name)")
-    return [_uncounted(str(names[name]), name, names[name].stat().st_size, _sha256(names[name])) for name in visible]
+    return [_local_file(name, names[name]) for name in visible]
+
+
+def _local_file(name: str, path: Path) -> DataFile:
+    status = path.stat()
+    return _uncounted(str(path), name, status.st_size, file_sha256(path), status.st_mtime_ns)
 
 
 def _common_folder(files: list[Path]) -> Path:
@@ -109,10 +114,5 @@ def _short_names(paths: list[str]) -> dict[str, str]:
     return {path: "/".join(part[shared:]) for path, part in zip(paths, parts, strict=True)}
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _uncounted(url: str, name: str, size: int, digest: str | None) -> DataFile:
-    return DataFile(url, name, size, digest, rows=0, samples=0, train_samples=0)
+def _uncounted(url: str, name: str, size: int, digest: str | None, modified_ns: int | None = None) -> DataFile:
+    return DataFile(url, name, size, digest, rows=0, samples=0, train_samples=0, text_bytes=0, modified_ns=modified_ns)

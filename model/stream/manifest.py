@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from model.config import digest_of
+from model.digest import digest_of
 from model.errors import UserError
 
 
@@ -29,6 +29,10 @@ class DataFile:
     """The first so many rows that pass the filter are the dataset's."""
     train_samples: int
     """How many of those are trained on."""
+    text_bytes: int
+    """Uncompressed bytes of the columns that make the text, all rows, by the footer: how heavy a sample of this file is."""
+    modified_ns: int | None = None
+    """When a local file was last written: it is hashed again only if it was written since."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class DatasetManifest:
     files: list[DataFile]
     tokens_per_sample: float
     """Mean over some of the first samples, end-of-text included: an estimate for planning, never for the order of the data."""
+    left_out: list[str] = field(default_factory=list)
+    """What is wrong with each file that `data.quarantine` left out."""
 
     @property
     def samples(self) -> int:
@@ -56,7 +62,7 @@ class DatasetManifest:
     @property
     def digest(self) -> str:
         """SHA-256 over what identifies the data. A copy in another place has the same one."""
-        return digest_of([[file.name, file.size, file.digest, file.rows, file.samples] for file in self.files])
+        return digest_of([[file.name, file.size, file.digest, file.rows, file.samples, file.text_bytes] for file in self.files])
 
     def write(self, path: Path) -> None:
         """Write the manifest as JSON, in one move."""
@@ -75,7 +81,7 @@ class DatasetManifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             files = [DataFile(**file) for file in fields["files"]]
-            manifest = cls(fields["path"], fields["revision"], files, fields["tokens_per_sample"])
+            manifest = cls(fields["path"], fields["revision"], files, fields["tokens_per_sample"], fields["left_out"])
             recorded = fields["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a dataset manifest ({error!r}); run build-config again") from None

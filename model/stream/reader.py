@@ -1,14 +1,16 @@
 """The reader: samples of one part of one file, in the file's order, in bounded memory.
 
 Policy for odd input: a null is an empty text; bytes that are not UTF-8 become U+FFFD; `<|endoftext|>` in a text is ordinary text, the
-token of that name stands only between documents. No row is skipped.
+token of that name stands only between documents; a text of any length is one document (while it is tokenized it is in memory about
+twenty times). No row is skipped. `OddRows` counts them.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +21,17 @@ from model.config import DataConfig
 from model.errors import UserError
 from model.stream.filter import Filter, parse_filter
 from model.stream.manifest import DataFile
-from model.stream.source import changed, named_faults, open_parquet
+from model.stream.packing import Documents, OddRows
+from model.stream.source import DamagedFile, changed, named_faults, open_parquet
 from model.stream.split import PARTS, Part, Splitter, as_bytes
-from model.tokenizer import END_OF_TEXT, load_tokenizer
+from model.tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, encode_to_numpy
 
 _BATCH_ROWS = 1000
 """Rows decoded at a time: a file's one row group is never in memory as a whole."""
+
+DOCUMENTS_AT_ONCE = 32
+"""Documents that are tokenized in one call."""
+_END_OF_TEXT_NAMES = frozenset([END_OF_TEXT_NAME])
 
 
 class Reader:
@@ -36,11 +43,12 @@ class Reader:
         self.splitter = Splitter(data, seed)
         self._template = _pieces(data.text_template)
 
-    def samples(self, file: DataFile, parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def samples(self, file: DataFile, parts: Sequence[Part], columns: Sequence[str]) -> Generator[pa.RecordBatch, None, None]:
         """The file's samples that belong to one of `parts`, as batches of `columns` (a batch may be empty).
 
         Raises:
-            UserError: the file is damaged, changed, or lacks a column; the message names it.
+            DamagedFile: it cannot be decoded, or lacks a column; the message names it.
+            UserError: it is gone or changed.
             Stopped: its source does not answer.
         """
         wanted = [PARTS.index(part) for part in parts]
@@ -54,6 +62,14 @@ class Reader:
         if seen != file.samples:
             raise changed(file.name, f"{seen:,} rows pass the filter instead of {file.samples:,}")
 
+    def readable_samples(self, file: DataFile, parts: Sequence[Part], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The same; with `data.quarantine` up to where the file is damaged."""
+        try:
+            yield from self.samples(file, parts, columns)
+        except DamagedFile:
+            if not self.data.quarantine:
+                raise
+
     def split(
         self, parquet: pq.ParquetFile, file: DataFile, columns: Sequence[str], limit: int
     ) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
@@ -61,7 +77,7 @@ class Reader:
         split_columns = self.split_columns(parquet)
         needed = list(dict.fromkeys([*(self.filter.columns if self.filter else ()), *split_columns, *columns]))
         if missing := [name for name in needed if name not in parquet.schema_arrow.names]:
-            raise UserError(f"data.path: {file.name} has no column {missing[0]!r}; it has {', '.join(parquet.schema_arrow.names)}")
+            raise DamagedFile(f"data.path: {file.name} has no column {missing[0]!r}; it has {', '.join(parquet.schema_arrow.names)}")
         first_row = 0
         for batch in self._record_batches(parquet, file, needed):
             rows = np.arange(batch.num_rows) if self.filter is None else self.filter.passing(batch)
@@ -78,17 +94,21 @@ class Reader:
         first = self.splitter.columns[0]
         return [first] if _never_null(parquet, first) else self.splitter.columns
 
-    def texts(self, rows: pa.RecordBatch) -> pa.LargeBinaryArray:
-        """The text of each row by `data.text_template`, as UTF-8."""
-        parts = []
+    def texts(self, rows: pa.RecordBatch) -> Texts:
+        """The text of each row by `data.text_template`."""
+        parts, empty = [], np.zeros(rows.num_rows, dtype=bool)
         for literal, column in self._template:
             if literal:
-                parts.append(pa.scalar(literal.encode(), pa.large_binary()))
+                parts.append(_constant(literal))
             if column is not None:
-                parts.append(pc.fill_null(as_bytes(rows.column(column)), b""))
-        if len(parts) == 1:
-            return parts[0]
-        return pc.binary_join_element_wise(*parts, pa.scalar(b"", pa.large_binary()))
+                cells = pc.fill_null(as_bytes(rows.column(column)), b"")
+                empty |= pc.equal(pc.binary_length(cells), 0).to_numpy(zero_copy_only=False)
+                parts.append(cells)
+        joined = pc.binary_join_element_wise(*parts, _constant(END_OF_TEXT_NAME), _constant(""))
+        _, ends, data = joined.buffers()
+        places = np.frombuffer(ends, np.int64, len(joined) + 1, 8 * joined.offset).tolist()
+        bytes_of_all = memoryview(data if data is not None else b"")
+        return Texts([bytes_of_all[start:stop] for start, stop in itertools.pairwise(places)], empty.tolist())
 
     def _record_batches(self, parquet: pq.ParquetFile, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
         batches = parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
@@ -100,13 +120,73 @@ class Reader:
             yield batch
 
 
-def document(text: bytes) -> np.ndarray:
+class Texts:
+    """Texts of some rows. They are not copied from where Arrow put them: views move, bytes stay.
+
+    Args:
+        views: UTF-8, each with `<|endoftext|>` behind it.
+        empty: which of them miss a field.
+    """
+
+    def __init__(self, views: list[memoryview], empty: list[bool]) -> None:
+        self._views, self._empty = views, empty
+
+    @classmethod
+    def joined(cls, parts: Sequence[Texts]) -> Texts:
+        """The texts of all parts."""
+        return cls([view for part in parts for view in part._views], [empty for part in parts for empty in part._empty])
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, row: int) -> bytes:
+        return bytes(self._views[row][: -len(END_OF_TEXT_NAME)])
+
+    def take(self, rows: np.ndarray) -> Texts:
+        """The texts of these rows, in this order."""
+        places = rows.tolist()
+        return Texts([self._views[row] for row in places], [self._empty[row] for row in places])
+
+    def documents(self) -> Iterator[Documents]:
+        """All documents, `DOCUMENTS_AT_ONCE` at a time, tokenized when they are asked for."""
+        for first in range(0, len(self), DOCUMENTS_AT_ONCE):
+            yield self._tokenized(first, min(first + DOCUMENTS_AT_ONCE, len(self)))
+
+    def _tokenized(self, first: int, stop: int) -> Documents:
+        """The documents of rows `first` to `stop - 1`, in one call: the special token between them keeps them apart."""
+        try:
+            text = b"".join(self._views[first:stop]).decode("utf-8")
+        except UnicodeDecodeError:
+            return self._one_by_one(first, stop)
+        tokens = encode_to_numpy(text, _END_OF_TEXT_NAMES).astype(np.uint16)
+        ends = np.flatnonzero(tokens == END_OF_TEXT) + 1
+        if len(ends) != stop - first:  # a text spells the special token out
+            return self._one_by_one(first, stop)
+        odd = {number: OddRows(empty_field=1) for number, empty in enumerate(self._empty[first:stop]) if empty}
+        return Documents(tokens, np.concatenate([[0], ends]), odd)
+
+    def _one_by_one(self, first: int, stop: int) -> Documents:
+        found, odd = [], {}
+        for row in range(first, stop):
+            raw, not_utf8 = self[row], False
+            try:
+                text = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                text, not_utf8 = raw.decode("utf-8", errors="replace"), True
+            found.append(document(text))
+            oddity = OddRows(int(self._empty[row]), int(not_utf8), int(END_OF_TEXT_NAME in text))
+            if any(oddity):
+                odd[row - first] = oddity
+        return Documents(np.concatenate(found), np.cumsum([0, *map(len, found)]), odd)
+
+
+def document(text: str) -> np.ndarray:
     """The tokens of a text followed by `<|endoftext|>`, uint16."""
-    tokens = load_tokenizer().encode_to_numpy(text.decode("utf-8", errors="replace"), disallowed_special=())
-    result = np.empty(len(tokens) + 1, dtype=np.uint16)
-    result[:-1] = tokens
-    result[-1] = END_OF_TEXT
-    return result
+    return np.append(encode_to_numpy(text), END_OF_TEXT).astype(np.uint16)
+
+
+def _constant(text: str) -> pa.LargeBinaryScalar:
+    return pa.scalar(text.encode(), pa.large_binary())
 
 
 @functools.cache

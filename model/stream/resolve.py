@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from model.config import DataConfig
 from model.errors import UserError
 from model.stream.locate import locate
 from model.stream.manifest import DataFile, DatasetManifest
-from model.stream.reader import Reader, document
-from model.stream.source import open_parquet
+from model.stream.reader import Reader
+from model.stream.source import DamagedFile, open_parquet
 from model.stream.split import PARTS, as_bytes
 
 _SAMPLED_FILES, _SAMPLED_TEXTS = 8, 128
@@ -35,20 +35,28 @@ def resolve(data: DataConfig, seed: int, storage: Path) -> DatasetManifest:
     """
     reader = Reader(data, seed)
     revision, found = locate(data, storage)
-    files = []
+    files, left_out = [], []
     left = data.num_samples
     for file in found:
-        counted = _count(reader, file, left)
+        try:
+            counted = _count(reader, file, left)
+        except DamagedFile as fault:
+            if not data.quarantine:
+                raise
+            left_out.append(str(fault))
+            continue
         if counted.samples:
             files.append(counted)
         if left is not None:
             left -= counted.samples
             if not left:
                 break
+    if not files and left_out:
+        raise UserError(left_out[0])
     if not files:
         what = "holds no rows" if data.filter is None else f"has no row that passes data.filter: {data.filter}"
         raise UserError(f"data.path: {data.path} {what}")
-    return DatasetManifest(data.path, revision, files, _tokens_per_sample(reader, files))
+    return DatasetManifest(data.path, revision, files, _tokens_per_sample(reader, files), left_out)
 
 
 def _count(reader: Reader, file: DataFile, limit: int | None) -> DataFile:
@@ -57,10 +65,18 @@ def _count(reader: Reader, file: DataFile, limit: int | None) -> DataFile:
     with open_parquet(file) as parquet:
         _check_columns(reader, file, parquet)
         rows = parquet.metadata.num_rows
+        text_bytes = _text_bytes(parquet, reader.data.text_columns)
         for _, _, parts in reader.split(parquet, file, [], rows if limit is None else limit):
             samples += len(parts)
             train += int(np.count_nonzero(parts == PARTS.index("train")))
-    return replace(file, rows=rows, samples=samples, train_samples=train)
+    return replace(file, rows=rows, samples=samples, train_samples=train, text_bytes=text_bytes)
+
+
+def _text_bytes(parquet: pq.ParquetFile, columns: Sequence[str]) -> int:
+    """Uncompressed bytes of the columns, by the footer."""
+    groups = [parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _check_columns(reader: Reader, file: DataFile, parquet: pq.ParquetFile) -> None:
@@ -72,30 +88,33 @@ def _check_columns(reader: Reader, file: DataFile, parquet: pq.ParquetFile) -> N
     filtered = [("data.filter", name) for name in sorted(reader.filter.columns)] if reader.filter else []
     for field, name in filtered + texts:
         if name not in schema.names:
-            raise UserError(f"{field}: {file.name} has no column {name!r}; it has {', '.join(schema.names)}")
+            raise DamagedFile(f"{field}: {file.name} has no column {name!r}; it has {', '.join(schema.names)}")
     for field, name in texts:
         try:
-            as_bytes(pa.array([], schema.field(name).type))
+            as_bytes(pa.nulls(0, schema.field(name).type))
         except _DOES_NOT_FIT:
-            raise UserError(f"{field}: column {name!r} of {file.name} is {schema.field(name).type}, not text") from None
+            raise DamagedFile(f"{field}: column {name!r} of {file.name} is {schema.field(name).type}, not text") from None
     if reader.filter is not None:
         try:
-            reader.filter.passing(pa.RecordBatch.from_pylist([], schema=schema))
+            reader.filter.passing(pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema))
         except _DOES_NOT_FIT as error:
-            raise UserError(f"data.filter: {reader.filter.text} does not fit the types of the columns of {file.name} ({error})") from None
+            raise DamagedFile(f"data.filter: {reader.filter.text} does not fit the types of the columns of {file.name} ({error})") from None
 
 
 def _tokens_per_sample(reader: Reader, files: list[DataFile]) -> float:
     step = -(-len(files) // _SAMPLED_FILES)
     lengths = [length for file in files[::step] for length in _first_lengths(reader, file)]
+    if not lengths:
+        raise UserError(f"data.path: no text of {files[0].name} and others can be read; fetch them again")
     return round(sum(lengths) / len(lengths), 2)
 
 
 def _first_lengths(reader: Reader, file: DataFile) -> Iterator[int]:
     left = _SAMPLED_TEXTS
-    for rows in reader.samples(file, PARTS, reader.data.text_columns):
-        for text in reader.texts(rows.slice(0, left)):
-            yield len(document(text.as_py()))
-        left -= min(left, rows.num_rows)
+    for rows in reader.readable_samples(file, PARTS, reader.data.text_columns):
+        texts = reader.texts(rows.slice(0, left))
+        for documents in texts.documents():
+            yield from np.diff(documents.starts).tolist()
+        left -= len(texts)
         if not left:
             return

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from model.config import DataConfig
+from model.digest import digest_of
 from model.errors import UserError
 from model.stream.manifest import DataFile, DatasetManifest
-from model.stream.packing import Packer, Position
-from model.stream.reader import Reader, document
+from model.stream.packing import Packer
+from model.stream.reader import Reader
 from model.stream.split import as_bytes, names_of
 
+_CACHE_FORMAT = 1
 _CANDIDATES = 16
 """Held-out rows are chosen among so many times as many, …"""
 _FILES = 16
@@ -33,11 +40,11 @@ def validation_windows(manifest: DatasetManifest, data: DataConfig, seed: int, c
     reader, packer = Reader(data, seed), Packer(data.max_length)
     windows: list[np.ndarray] = []
     for file in manifest.files:
-        for rows in reader.samples(file, ["choose"], data.text_columns):
-            for text in reader.texts(rows):
-                packer.add(Position(0, 0, 0), document(text.as_py()))
-                while (window := packer.window()) is not None:
-                    windows.append(window)
+        for rows in reader.readable_samples(file, ["choose"], data.text_columns):
+            for documents in reader.texts(rows).documents():
+                packer.add(documents)
+                while (found := packer.window()) is not None:
+                    windows.append(found[0])
                     if len(windows) == count:
                         return np.stack(windows)
     if not windows:
@@ -46,6 +53,21 @@ def validation_windows(manifest: DatasetManifest, data: DataConfig, seed: int, c
             "lower data.train_ratio, or use more samples"
         )
     return np.stack(windows)
+
+
+def cached_validation_windows(path: Path, manifest: DatasetManifest, data: DataConfig, seed: int, count: int) -> np.ndarray:
+    """`validation_windows`, read from `path` if they lie there whole and are these, else written there."""
+    key = digest_of([_CACHE_FORMAT, manifest.digest, data.model_dump(mode="json", exclude={"path", "revision", "cache"}), seed, count])
+    if path.exists():
+        with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "numpy") as file:
+            windows: np.ndarray = file.get_tensor("windows")
+            if file.metadata() == {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}:
+                return windows
+    windows = validation_windows(manifest, data, seed, count)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({"windows": windows}, partial, {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()})
+    os.replace(partial, path)
+    return windows
 
 
 def held_out_rows(
@@ -78,7 +100,7 @@ def _smallest(
     seen = 0
     for file in files:
         left = quota
-        for rows in reader.samples(file, [half], needed):
+        for rows in reader.readable_samples(file, [half], needed):
             if left is not None:
                 rows = rows.slice(0, left)
                 left -= rows.num_rows

@@ -3,10 +3,11 @@
 Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`:
 
     started     step, config_digest, resumed_from, total_steps, device, precision, parameters, versions, code
-    step        step, epoch, loss (nats a token), learning_rate, gradient_norm, tokens (so far), tokens_per_s, step_time_s
+    step        step, epoch, loss (nats a token), learning_rate, gradient_norm, tokens (so far), tokens_per_s, step_time_s,
+                data_wait_s (the part of it spent waiting for the batch)
     validation  step, loss, bits_per_byte, windows
     sample      step, prompt, text
-    checkpoint  step, name, digest, validation_loss, seconds
+    checkpoint  step, name, digest, model_sha256, seconds, odd_rows (see model/stream/packing.py)
     warning     step, kind, message
     stopped     step, reason, checkpoint
     finished    step, tokens, checkpoint, digest, model_sha256

@@ -9,25 +9,28 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.background import wait_for
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore, name_of
-from model.config import digest_of
+from model.digest import digest_of
 from model.errors import Stopped
 from model.evaluation.likelihood import validation_loss
 from model.generation import answer
 from model.gpt2 import GPT2
 from model.huggingface import load_weights, save_weights
 from model.run_folder import RunFolder
-from model.stream.batches import Batch, TrainingWindows, prefetched
-from model.stream.validation import validation_windows
+from model.stream.batches import Batch, TrainingWindows
+from model.stream.packing import OddRows
+from model.stream.validation import cached_validation_windows
 from model.tokenizer import decode
 from model.training.identity import code_identity, versions
 from model.training.journal import Journal, read_current
@@ -36,6 +39,9 @@ from model.training.resume import set_aside_other_configurations, starting_check
 from model.training.run import read_run
 from model.training.schedule import learning_rate_factor
 from model.training.stop import StopRequest
+
+_LOADER_THREADS = min(4, max(1, (os.cpu_count() or 1) - 1))
+"""One tokenizes about 3 M tokens/s."""
 
 
 class Trainer:
@@ -53,6 +59,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.config.training)
         self.step, self.tokens = 0, 0
         self.stream_state: dict[str, Any] | None = None
+        self.odd_rows: OddRows | None = None
         if start is not None:
             self._load(start)
         precision = self.config.training.precision
@@ -90,25 +97,37 @@ class Trainer:
             Stopped: somebody asked; everything is saved.
         """
         training = self.config.training
-        self.validation = self._validation_windows()
+        try:
+            self.validation = wait_for(self._validation_windows, lambda: Stopped(self.stop.reason) if self.stop else None)
+        except Stopped as fault:
+            self._leave_for(fault)
         windows = TrainingWindows(
-            self.manifest, self.config.data, self.config.seed, self.config.global_batch, training.num_epochs, self.stream_state
+            self.manifest,
+            self.config.data,
+            self.config.seed,
+            self.config.global_batch,
+            training.num_epochs,
+            self.stream_state,
+            threads=_LOADER_THREADS,
+            cache=self.folder.token_caches if self.config.data.cache else None,
+            stopping=lambda: bool(self.stop),
         )
         if self.step and self._validation_due():
             self._validate()  # the stop that we resume from may have cut it short
-        with contextlib.closing(prefetched(windows)) as batches:
+        with contextlib.closing(windows) as batches:
             while not self._finished():
                 if self.stop:
                     self._leave()
+                began = time.perf_counter()
                 try:
                     batch = next(batches, None)
                 except Stopped as fault:
-                    self.journal.append("warning", step=self.step, kind="stream", message=str(fault))
-                    self.stop.ask(str(fault))
-                    self._leave()
+                    self._leave_for(fault)
+                while windows.warnings:
+                    self.journal.append("warning", step=self.step, kind="stream", message=windows.warnings.popleft())
                 if batch is None:
                     break
-                self._train_step(batch)
+                self._train_step(batch, began)
                 if self._due(self.config.checkpoint.save_every_n_iterations):
                     self._save()
                 if self._validation_due():
@@ -126,17 +145,17 @@ class Trainer:
     def _finished(self) -> bool:
         return self.config.training.max_steps is not None and self.step >= self.config.training.max_steps
 
-    def _train_step(self, batch: Batch) -> None:
-        began = time.perf_counter()
+    def _train_step(self, batch: Batch, began: float) -> None:
+        """One optimizer step; `began` is when it began to wait for its batch."""
+        waited = time.perf_counter() - began
         training = self.config.training
         factor = learning_rate_factor(self.step, training, self.config.total_steps)
         set_learning_rate(self.optimizer, factor)
         targets = batch.windows.shape[0] * (batch.windows.shape[1] - 1)
         total = torch.zeros((), device=self.device)
-        windows = torch.from_numpy(batch.windows.astype(np.int64))
-        for number, micro_batch in enumerate(windows.split(training.batch_size)):
+        for number, micro_batch in enumerate(batch.windows.split(training.batch_size)):
             torch.manual_seed(int(digest_of([self.config.seed, self.step, number])[:15], 16))
-            tokens_BT = micro_batch.to(self.device, non_blocking=True)
+            tokens_BT = micro_batch.to(self.device, non_blocking=True).long()
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = self.forward(tokens_BT[:, :-1], tokens_BT[:, 1:]) / targets
             loss.backward()
@@ -146,23 +165,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.tokens += targets
-        self.stream_state = batch.state
+        self.stream_state, self.odd_rows = batch.state, batch.odd_rows
+        loss_value, gradient_norm = _finite(total), _finite(norm)  # waits for the device: what follows measures the whole step
         seconds = time.perf_counter() - began
         self.journal.append(
             "step",
             step=self.step,
             epoch=batch.epoch,
-            loss=_finite(total),
+            loss=loss_value,
             learning_rate=training.learning_rate * factor,
-            gradient_norm=_finite(norm),
+            gradient_norm=gradient_norm,
             tokens=self.tokens,
             tokens_per_s=round(targets / seconds),
             step_time_s=round(seconds, 4),
+            data_wait_s=round(waited, 4),
         )
 
     def _validation_windows(self) -> np.ndarray:
-        training = self.config.training
-        return validation_windows(self.manifest, self.config.data, self.config.seed, training.eval_iters * training.batch_size)
+        count = self.config.training.eval_iters * self.config.training.batch_size
+        return cached_validation_windows(self.folder.validation_windows, self.manifest, self.config.data, self.config.seed, count)
 
     def _validate(self) -> None:
         result = validation_loss(self.model, self.validation, self.config.training.batch_size, lambda: bool(self.stop), self.autocast)
@@ -220,6 +241,7 @@ class Trainer:
             digest=checkpoint.digest,
             model_sha256=checkpoint.model_sha256,
             seconds=round(time.perf_counter() - began, 3),
+            odd_rows=self.odd_rows._asdict() if self.odd_rows else None,
         )
         self.journal.sync()
         self.saved = checkpoint
@@ -248,7 +270,14 @@ class Trainer:
         champion = json.loads(path.read_text(encoding="utf-8"))["champion"] if path.exists() else None
         return {champion["digest"]} if champion else set()
 
-    def _leave(self) -> None:
+    def _leave_for(self, fault: Stopped) -> NoReturn:
+        """Leave because of a source that does not answer, unless somebody had asked for a stop."""
+        if not self.stop:
+            self.journal.append("warning", step=self.step, kind="stream", message=str(fault))
+            self.stop.ask(str(fault))
+        self._leave()
+
+    def _leave(self) -> NoReturn:
         checkpoint = None
         if self.step:
             checkpoint = self._save()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,18 +16,21 @@ from servers import COMMIT, FileServer
 from model.stream.batches import TrainingWindows
 from model.stream.resolve import resolve
 
+pytestmark = pytest.mark.slow
+
 README = b"---\nlicense: cc-by-4.0\n---\nA dataset.\n"
 PROGRAM = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from model.config import DataConfig
-from model.errors import UserError
+from model.errors import Stopped, UserError
 from model.stream.batches import TrainingWindows
 from model.stream.manifest import DatasetManifest
 from model.stream.resolve import resolve
 
 what, folder, fields = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 data = DataConfig(**fields)
+began = time.monotonic()
 try:
     if what == "resolve":
         manifest = resolve(data, 42, folder)
@@ -38,14 +42,17 @@ try:
         assert "datasets" not in sys.modules
 except UserError as error:
     sys.exit(str(error))
+except Stopped as stopped:
+    sys.exit(f"after {time.monotonic() - began:.0f} s: {stopped}")
 """
 
 
-def ask(what, folder, endpoint, **fields):
+def ask(what, folder, endpoint, silence_s=60, **fields):
     """The program's output as JSON, or its error message."""
     data = json.loads(data_config("PleIAs/SYNTH").model_dump_json()) | fields
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    environment["GPT2_SILENCE_S"] = str(silence_s)
     arguments = [sys.executable, "-c", PROGRAM, what, str(folder), json.dumps(data)]
     # `-c` puts the working directory on the path; there must be no folder PleIAs in it
     done = subprocess.run(arguments, env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=120)
@@ -71,12 +78,30 @@ def test_a_dataset_of_the_hub_is_pinned_and_read_like_a_folder(corpus):
     ]
     assert [file["digest"] for file in written["files"]] == [file.digest for file in manifest.files]
     server.requests.clear()
-    server.faults.extend([503, "reset"])
-    assert ask("train", folder, server.url) == [batch.windows.tolist() for batch in TrainingWindows(manifest, local, 42, 4, 1)]
+    server.times.clear()
+    server.refused = 1
+    server.faults.extend([503, "reset", "stall", (429, {"Retry-After": "2"})])
+    assert ask("train", folder, server.url, silence_s=8) == [batch.windows.tolist() for batch in TrainingWindows(manifest, local, 42, 4, 1)]
     assert not server.faults
     fetched = [(path, span) for method, path, span in server.requests if method == "GET" and path.endswith(".parquet")]
     assert fetched
     assert all(span and f"/resolve/{COMMIT}/" in path for path, span in fetched)
+    last = server.spoiled[-1]
+    assert server.times[last + 1] - server.times[last] >= 2  # the Hub's own client does not come back before
+
+
+def test_a_file_of_the_hub_that_stays_away_or_changed_is_named_in_time(corpus):
+    """The Hub's own client would try for minutes."""
+    server, folder = corpus
+    ask("resolve", folder, server.url)
+    for fault in ("half", 503):
+        server.broken = dict.fromkeys(server.files, fault)
+        answer = ask("train", folder, server.url, silence_s=3)
+        assert re.match(r"after [2-5] s: data\.path: part_00\d\.parquet could not be read for \d s .*; the same command goes on", answer)
+    server.broken = {}
+    for path in server.files:
+        server.files[path] = server.files[path][:-1] + b"!"
+    assert re.match(r"data\.path: part_00\d\.parquet changed since build-config \(its digest", ask("train", folder, server.url))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +115,14 @@ def test_what_the_hub_does_not_know(corpus, fields, message):
     server, folder = corpus
     answer = ask("resolve", folder, server.url, **fields)
     assert answer.startswith(message)
+    assert "\n" not in answer
+
+
+def test_a_hub_that_falls_silent_while_it_lists_is_one_line(corpus):
+    server, folder = corpus
+    server.broken = {"README.md": "stall"}
+    answer = ask("resolve", folder, server.url, silence_s=4)
+    assert answer.startswith("data.path: PleIAs/SYNTH cannot be listed (TimeoutError: no answer within 4 s); check the network")
     assert "\n" not in answer
 
 

@@ -1,6 +1,8 @@
 """Reading and splitting: which rows, in which part, as which text, in how much memory."""
 
+import itertools
 import random
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +12,11 @@ from corpora import SCHEMA, data_config, make_rows, text_of, write_file, write_f
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model import tokenizer
 from model.errors import UserError
 from model.stream import reader as reader_module
 from model.stream.manifest import DataFile
+from model.stream.packing import OddRows
 from model.stream.reader import Reader, document
 from model.stream.resolve import resolve
 from model.stream.split import PARTS, Splitter
@@ -22,6 +26,12 @@ from model.tokenizer import END_OF_TEXT, decode, encode
 def ids(manifest, data, seed, *parts):
     reader = Reader(data, seed)
     return [name for file in manifest.files for rows in reader.samples(file, parts, ["id"]) for name in rows.column("id").to_pylist()]
+
+
+def texts_of(reader, file):
+    """Every sample's text."""
+    found = [reader.texts(rows) for rows in reader.samples(file, PARTS, reader.data.text_columns)]
+    return [texts[row] for texts in found for row in range(len(texts))]
 
 
 def test_no_article_is_in_two_parts_and_all_parts_are_filled(tmp_path):
@@ -121,18 +131,68 @@ def test_texts_of_odd_rows():
         names=["text", "number", "raw"],
     )
     reader = Reader(data_config("x", filter=None, text_template="Q: {text}\n{{{number}}} {raw}{text}"), 1)
-    texts = [text.as_py().decode("utf-8", errors="replace") for text in reader.texts(rows)]
-    assert texts == ["Q: a\n{1} �a", "Q: \n{} ok", "Q: \n{3} ", "Q: <|endoftext|>\n{4} �(<|endoftext|>", "Q: é文\n{5} zé文"]
+    texts = reader.texts(rows)
+    expected = ["Q: a\n{1} �a", "Q: \n{} ok", "Q: \n{3} ", "Q: <|endoftext|>\n{4} �(<|endoftext|>", "Q: é文\n{5} zé文"]
+    assert [texts[row].decode("utf-8", errors="replace") for row in range(len(texts))] == expected
+    (documents,) = texts.documents()
+    pieces = [documents.tokens[start : stop - 1] for start, stop in itertools.pairwise(documents.starts)]
+    assert [decode(piece.tolist()) for piece in pieces] == expected
+    odd = [OddRows(not_utf8=1), OddRows(empty_field=1), OddRows(empty_field=1), OddRows(not_utf8=1, end_of_text=1)]
+    assert documents.odd == dict(enumerate(odd))
+    later = reader.texts(rows.slice(3))
+    assert [later[row] for row in range(2)] == [texts[row] for row in (3, 4)]
 
 
 def test_a_document_ends_with_the_only_end_of_text():
-    tokens = document(b"say <|endoftext|> twice: <|endoftext|>" + b"\xff")
+    tokens = document("say <|endoftext|> twice: <|endoftext|>")
     assert tokens.dtype == np.uint16
     assert tokens[-1] == END_OF_TEXT
     assert END_OF_TEXT not in tokens[:-1]
-    assert decode(tokens[:-1].tolist()) == "say <|endoftext|> twice: <|endoftext|>�"
-    assert tokens[:-1].tolist() == encode("say <|endoftext|> twice: <|endoftext|>�")
-    assert document(b"").tolist() == [END_OF_TEXT]
+    assert decode(tokens[:-1].tolist()) == "say <|endoftext|> twice: <|endoftext|>"
+    assert tokens[:-1].tolist() == encode("say <|endoftext|> twice: <|endoftext|>")
+    assert document("").tolist() == [END_OF_TEXT]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.text("ab \n\t'é文1.,<|>😀", max_size=30), st.sampled_from(["<|endoftext|>", "x <|endoftext|> y"])),
+        min_size=1,
+        max_size=80,
+    ),
+    st.randoms(),
+)
+def test_documents_tokenized_together_are_those_tokenized_alone(texts, rng):
+    rows = pa.RecordBatch.from_pydict({"text": texts})
+    order = np.array(rng.sample(range(len(texts)), len(texts)))
+    together = list(Reader(data_config("x", text_template="{text}"), 1).texts(rows).take(order).documents())
+    alone = [document(texts[place]).tolist() for place in order]
+    starts = [(documents, start, stop) for documents in together for start, stop in itertools.pairwise(documents.starts)]
+    assert [documents.tokens[start:stop].tolist() for documents, start, stop in starts] == alone
+    empty = [oddity.empty_field for documents in together for oddity in documents.odd.values()]
+    assert sum(empty) == texts.count("")
+
+
+def test_a_cut_in_white_space_changes_no_token(monkeypatch):
+    """The tokenizer gives up on a million white spaces; where the text is cut then, it would have been anyway."""
+    rng = random.Random(1)
+    monkeypatch.setattr(tokenizer, "_LONG_WHITE_SPACE", re.compile(tokenizer._LONG_WHITE_SPACE.pattern.replace("100000", "2")))
+    whole = tokenizer.load_tokenizer()
+
+    class GivesUp:
+        """As it does on the whole text; its pieces it takes."""
+
+        def encode_to_numpy(self, piece, **options):
+            if piece == text:
+                raise ValueError("Regex error")
+            return whole.encode_to_numpy(piece, **options)
+
+    monkeypatch.setattr(tokenizer, "load_tokenizer", GivesUp)
+    for _ in range(3000):
+        text = "".join(rng.choices(" \n\t\u00a0\x1cab1.'é<|endoftext|>", k=rng.randrange(2, 30))) + "  x"
+        assert tokenizer.encode_to_numpy(text).tolist() == whole.encode_ordinary(text)
+    text = " " * 1_000_000 + "x"
+    assert document(text)[-2] == whole.encode_ordinary(" x")[0]
 
 
 def test_other_types_of_columns_work(tmp_path):
@@ -148,11 +208,7 @@ def test_other_types_of_columns_work(tmp_path):
     write_file(tmp_path / "a.parquet", [{"id": n, "article": f"a{n % 9}", "text": b"x%d" % n, "words": n / 2} for n in range(50)], schema)
     data = data_config(tmp_path, filter="words < 20 and article != 'a3'", text_template="{text} {words}")
     manifest = resolve(data, 1, tmp_path)
-    texts = [
-        text.as_py()
-        for rows in Reader(data, 1).samples(manifest.files[0], PARTS, ["text", "words"])
-        for text in Reader(data, 1).texts(rows)
-    ]
+    texts = texts_of(Reader(data, 1), manifest.files[0])
     assert manifest.samples == len(texts) == len([n for n in range(40) if n % 9 != 3])
     assert texts[1] == b"x1 0.5"
 
@@ -198,7 +254,7 @@ def test_counting_reads_only_the_columns_that_decide(tmp_path):
     write_file(tmp_path / "a.parquet", rows)
     reader = Reader(data_config(tmp_path, filter=None), 1)
     with pq.ParquetFile(tmp_path / "a.parquet") as parquet:
-        file = DataFile("", "a.parquet", 0, None, 2000, 2000, 0)
+        file = DataFile("", "a.parquet", 0, None, 2000, 2000, 0, 0)
         assert {tuple(found.schema.names) for found, _, _ in reader.split(parquet, file, [], 2000)} == {("article",)}
         filtered = Reader(data_config(tmp_path), 1)
         assert {tuple(found.schema.names) for found, _, _ in filtered.split(parquet, file, [], 2000)} == {("language", "article")}
@@ -208,5 +264,4 @@ def test_text_of_matches_the_template(tmp_path):
     rows = write_files(tmp_path, [40])[0]
     data = data_config(tmp_path, filter=None)
     reader, manifest = Reader(data, 1), resolve(data, 1, tmp_path)
-    texts = [text.as_py().decode() for found in reader.samples(manifest.files[0], PARTS, data.text_columns) for text in reader.texts(found)]
-    assert texts == [text_of(row) for row in rows]
+    assert texts_of(reader, manifest.files[0]) == [text_of(row).encode() for row in rows]

@@ -1,18 +1,24 @@
 """Data behind a URL: the same samples as from a folder, whatever happens on the way, and no byte too many."""
 
+import contextlib
+import email.utils
+import math
 import random
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import data_config, write_file, write_files
+from corpora import SCHEMA, data_config, make_rows, write_file, write_files
 from servers import FileServer
 
 from model.errors import Stopped, UserError
-from model.stream import source
+from model.stream import reader, source
 from model.stream.batches import TrainingWindows
 from model.stream.resolve import resolve
+
+pytestmark = pytest.mark.slow
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -57,10 +63,10 @@ def test_another_fsspec_file_system(corpus, tmp_path):
     assert windows(resolve(data, 42, tmp_path), data) == windows(local, at_home)
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "reset", "short", "less", "stall"])
+@pytest.mark.parametrize("fault", [500, 503, 429, "reset", "short", "less", "stall", "half", "trickle"])
 def test_a_passing_fault_changes_nothing(corpus, tmp_path, monkeypatch, fault):
     server, local, at_home, away = corpus
-    monkeypatch.setattr(source, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(source, "_ANSWER_S", 0.5)
     server.faults.append(fault)  # the first request for data: a footer
     manifest = resolve(away, 42, tmp_path)
     assert not server.faults
@@ -79,18 +85,81 @@ def test_a_fault_that_stays_stops_resumably_and_names_the_file(corpus, tmp_path,
     manifest = resolve(away, 42, tmp_path)
     stream = TrainingWindows(manifest, away, 42, 4, 2)
     delivered = [next(stream) for _ in range(2)]
-    server.faults.extend([503] * 1000)
-    with pytest.raises(Stopped, match=r"^data\.path: \S*part_00\d\.parquet could not be read for 1 s .*503"):
+    server.broken = dict.fromkeys(server.files, 503)
+    with pytest.raises(Stopped, match=r"^data\.path: \S*part_00\d\.parquet could not be read for \d s .*503"):
         delivered.extend(stream)
-    server.faults.clear()
+    server.broken = {}
     delivered.extend(TrainingWindows(manifest, away, 42, 4, 2, delivered[-1].state))
     assert [batch.windows.tolist() for batch in delivered] == windows(local, at_home)
+
+
+@pytest.mark.parametrize(("fault", "threads"), [("stall", 0), ("half", 2), ("trickle", 0)])
+def test_silence_ends_in_time_and_names_the_file(corpus, tmp_path, monkeypatch, fault, threads):
+    server, *_, away = corpus
+    manifest = resolve(away, 42, tmp_path)
+    monkeypatch.setattr(source, "SILENCE_S", 1.5)
+    monkeypatch.setattr(source, "_ANSWER_S", 0.6)
+    server.broken = {"data/deep/part_001.parquet": fault}
+    began = time.monotonic()
+    with (
+        contextlib.closing(TrainingWindows(manifest, away, 42, 4, 2, threads=threads)) as stream,
+        pytest.raises(Stopped, match=r"^data\.path: part_001\.parquet could not be read for \d s .*; the same command goes on from here$"),
+    ):
+        for _ in stream:
+            pass
+    assert 1 < time.monotonic() - began < 5
+    assert len(server.spoiled) > 1  # it was asked again
+
+
+@pytest.mark.parametrize("how", ["seconds", "date", "the Hub's RateLimit"])
+def test_a_server_that_says_when_to_come_back_is_obeyed(corpus, tmp_path, monkeypatch, how):
+    """Also when it asks for more than a silent one would be granted."""
+    server, local, at_home, away = corpus
+    manifest = resolve(away, 42, tmp_path)
+    monkeypatch.setattr(source, "SILENCE_S", 1.0)
+    back = math.ceil(time.time()) + 3
+    headers = {
+        "seconds": {"Retry-After": "2"},
+        "date": {"Retry-After": email.utils.formatdate(back, usegmt=True)},
+        "the Hub's RateLimit": {"RateLimit": '"resolvers";r=0;t=2'},
+    }[how]
+    server.requests.clear()
+    server.times.clear()
+    server.faults.append((429, headers))
+    assert windows(manifest, away) == windows(local, at_home)
+    (refused,) = server.spoiled
+    asked = back if how == "date" else server.times[refused] + 2
+    path = server.requests[refused][1]
+    later = [when for when, request in zip(server.times, server.requests, strict=True) if request[1] == path][1:]
+    after = [when for when in later if when > server.times[refused]]
+    assert asked - 0.01 < min(after) < asked + 2
+
+
+def test_also_the_first_look_at_a_file_may_fail_and_is_put_off_as_asked(corpus, tmp_path, monkeypatch):
+    server, local, at_home, away = corpus
+    manifest = resolve(away, 42, tmp_path)
+    monkeypatch.setattr(source, "SILENCE_S", 0.9)
+    server.refused = 4  # twice a HEAD, and the GET with which fsspec makes sure
+    assert windows(manifest, away) == windows(local, at_home)
+    assert not server.refused
+
+
+@pytest.mark.parametrize(("asks", "patience"), [("3600", 600.0), ("1", 2.5)])
+def test_a_server_that_puts_off_for_ever_is_not_waited_for(corpus, tmp_path, monkeypatch, asks, patience):
+    server, *_, away = corpus
+    manifest = resolve(away, 42, tmp_path)
+    monkeypatch.setattr(source, "_PATIENCE_S", patience)
+    server.broken = dict.fromkeys(server.files, (503, {"Retry-After": asks}))
+    began = time.monotonic()
+    with pytest.raises(Stopped, match=r"part_00\d\.parquet could not be read for \d s .*503"):
+        windows(manifest, away)
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("status", [403, 404])
 def test_what_will_not_pass_is_not_tried_again(corpus, tmp_path, status):
     server, *_, away = corpus
-    server.faults.extend([status] * 1000)
+    server.broken = dict.fromkeys(server.files, status)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^data\.path: \S*part_000\.parquet (cannot be read|is damaged)"):
         resolve(away, 42, tmp_path)
@@ -106,6 +175,24 @@ def test_a_file_that_changed_under_its_url_is_refused(corpus, tmp_path):
         server.files[path] = changed
         with pytest.raises(UserError, match=r"^data\.path: part_001\.parquet changed since build-config"):
             windows(manifest, away)
+
+
+def test_a_file_that_changed_while_it_was_read_is_refused_when_it_is_opened_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_READ_BYTES", 2000)
+    monkeypatch.setattr(reader, "_BATCH_ROWS", 20)
+    table = pa.Table.from_pylist(make_rows(1000), schema=SCHEMA)
+    pq.write_table(table, tmp_path / "part_000.parquet", data_page_size=2000, write_batch_size=20, use_dictionary=False)
+    with FileServer(contents(tmp_path)) as server:
+        data = data_config(f"{server.url}/part_000.parquet", lanes=1)
+        manifest = resolve(data, 42, tmp_path)
+        stream = TrainingWindows(manifest, data, 42, 4, 1)
+        next(stream)
+        healthy = server.files["part_000.parquet"]
+        server.files["part_000.parquet"] = bytes([healthy[0] ^ 1]) + healthy[1:]
+        server.faults.append("reset")
+        with pytest.raises(UserError, match=r"^data\.path: part_000\.parquet changed since build-config \(its digest is"):
+            list(stream)
+        assert not server.faults
 
 
 def test_a_server_without_ranges_is_named(corpus, tmp_path):

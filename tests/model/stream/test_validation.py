@@ -7,7 +7,7 @@ from corpora import data_config, documents_in, make_rows, tokens_of, write_file
 from model.errors import UserError
 from model.stream.reader import Reader
 from model.stream.resolve import resolve
-from model.stream.validation import held_out_rows, validation_windows
+from model.stream.validation import cached_validation_windows, held_out_rows, validation_windows
 
 
 @pytest.fixture
@@ -91,3 +91,23 @@ def test_a_column_that_is_not_there_is_named(corpus):
     manifest, data, _ = corpus
     with pytest.raises(UserError, match=r"^data\.path: 0\.parquet has no column 'exercise'; it has id, "):
         held_out_rows(manifest, data, 42, 5, "choose", ["text", "exercise"])
+
+
+def test_windows_are_read_once_and_never_trusted_unseen(corpus, tmp_path):
+    manifest, data, _ = corpus
+    path = tmp_path / "windows.safetensors"
+    first = cached_validation_windows(path, manifest, data, 42, 6)
+    assert (first == validation_windows(manifest, data, 42, 6)).all()
+    assert first.dtype == np.uint16
+    written = path.stat().st_mtime_ns
+    assert (cached_validation_windows(path, manifest, data, 42, 6) == first).all()
+    assert path.stat().st_mtime_ns == written
+    assert len(cached_validation_windows(path, manifest, data, 42, 4)) == 4
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        assert (cached_validation_windows(path, manifest, data, 42, 4) == first[:4]).all()
+        made = path.read_bytes()
+        assert len(made) == len(whole)
+        assert (cached_validation_windows(path, manifest, data, 42, 4) == first[:4]).all()
+        assert path.read_bytes() == made

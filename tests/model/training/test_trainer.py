@@ -229,3 +229,13 @@ def test_retention_spares_the_champion(new_run):
     folder.scores.write_text(json.dumps({"champion": {"digest": champion.digest}, "checkpoints": []}))
     train(folder)
     assert [c.name for c in CheckpointStore(folder.checkpoints).checkpoints()] == ["step_00000010", "step_00000040"]
+
+
+def test_cached_tokens_change_nothing(new_run, finished_run):
+    folder = new_run("cached", data={"cache": True})
+    train(folder)
+    assert final(folder) == final(finished_run)
+    assert list(folder.token_caches.rglob("*.tokens"))
+    odd = [event["odd_rows"] for event in read_current(folder.journal) if event["event"] == "checkpoint"]
+    assert odd == [event["odd_rows"] for event in read_current(finished_run.journal) if event["event"] == "checkpoint"]
+    assert odd[-1].keys() == {"empty_field", "not_utf8", "end_of_text", "lost"}
