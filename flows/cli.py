@@ -124,6 +124,31 @@ def status(name: Name, as_json: Json = False) -> None:
 
 
 @app.command()
+def data(
+    name: Name,
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="Samples to print, as the trainer sees them.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what an experiment trains on: samples, the split, lengths, the size and time of an epoch. Works before and after training.
+
+    Draws the lengths into runs/NAME/report. The keys of --json are the fields of DataReport in tasks/data_report.py.
+
+    Example: gpt2 data quickstart --show 3
+    """
+    project = find_project()
+    project.experiment(name)
+    with Console(stderr=True).status(f"looking at the data of {name}"):
+        from flows.data_page import print_data
+        from tasks.data_report import data_report
+
+        report = data_report(project, name, show)
+    if as_json:
+        print(json.dumps(report.as_json(), indent=1))
+    else:
+        print_data(project, report)
+
+
+@app.command()
 def generate(
     name: Name,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the text begins with.")],

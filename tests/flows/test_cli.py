@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +21,7 @@ from tasks.project import Project
 from tests.tasks.conftest import NAME, make_project, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "checkpoints", "status", "generate", "export", "services")
+COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "generate", "export", "services")
 Answer = tuple[int, str, str]
 """Exit code, standard output, standard error."""
 
@@ -85,6 +88,9 @@ def test_help_waits_for_no_heavy_import() -> None:
         (["generate", NAME, "Q:"], "no checkpoints"),
         (["status", "nothing"], "nothing"),
         (["checkpoints", "nothing"], "nothing"),
+        (["data", "nothing"], "nothing"),
+        (["data", NAME], "data.path: somewhere"),
+        (["data", NAME, "--show", "-1"], "--show"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_changes_nothing(
@@ -153,6 +159,33 @@ def test_the_status_of_a_run_that_has_not_begun(project: Project, gpt2: Callable
     status = json.loads(out)
     assert (status["experiment"], status["state"], status["step"], status["tokens"]) == (NAME, "not started", 0, 0)
     assert status["stages"] == dict.fromkeys(("build-config", "train", "register", "evaluate"), "never run")
+
+
+def test_what_an_experiment_trains_on(project: Project, gpt2: Callable[..., Answer]) -> None:
+    text = "A long walk. " * 90 + "\x1b[31mred"
+    rows = [{"synth_id": f"row {n}", "query": "Why?", "synthetic_reasoning": text, "synthetic_answer": "So."} for n in range(40)]
+    (project.root / "stories").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), project.root / "stories/part.parquet")
+    project.record_overrides(NAME, {"data": {"path": "stories", "filter": None, "article_column": None}})
+    code, out, err = gpt2("data", NAME, "--show", "2")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("tiny")
+    assert "1 file," in lines[1]
+    assert out.count("\nsample row ") == 2
+    assert out.count("  │ Q: Why?\n") == 2
+    assert out.count("characters left out…]") == 2
+    assert "\x1b" not in out, "a text does not command the terminal"
+    assert out.count("\\x1b[31mred") == 2
+    assert max(map(len, out.splitlines())) <= 160
+    assert "gpt2 train tiny --set training.max_steps=20" in out
+    assert f"runs{os.sep}tiny{os.sep}report{os.sep}document_lengths.svg" in lines[-1]
+
+    code, out, err = gpt2("data", NAME, "--show", "0", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert (report["samples"], report["shown"], report["built"]) == (40, [], False)
+    assert Path(report["plot"]).is_file()
 
 
 def test_the_champion_writes_on_and_is_exported(project: Project, gpt2: Callable[..., Answer]) -> None:
