@@ -41,6 +41,13 @@ def cache_folder(parent: Path, manifest: DatasetManifest, data: DataConfig, seed
     return parent / digest_of([_FORMAT, manifest.digest, data.model_dump(mode="json", include=_DECIDING), seed])[:32]
 
 
+def _seal(block: Block, data: bytes | memoryview) -> str:
+    """SHA-256 over which block it is and its record: a record that the index names wrongly is not whole, either."""
+    digest = hashlib.sha256(f"{block.file} {block.start} {len(block.order)}\n".encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
 class LaneCache:
     """The blocks of one lane. One process writes them; a second one reads what there was when it began.
 
@@ -81,12 +88,12 @@ class LaneCache:
     def read(self, block: Block) -> CachedBlock | None:
         """The documents of a block, or None if they are not here, or not as they were written."""
         record = self._records.get((block.file, block.start))
-        if record is None or record["documents"] != len(block.order):
+        if record is None or record.get("documents") != len(block.order):
             return None
         data = np.empty(0, np.uint8)
         with contextlib.suppress(OSError, ValueError):
             data = np.asarray(np.memmap(self._tokens, np.uint8, "r", int(record["offset"]), (int(record["bytes"]),)))
-        if hashlib.sha256(data.data).hexdigest() != record["sha256"]:
+        if _seal(block, data.data) != record.get("sha256"):
             del self._records[block.file, block.start]
             return None
         return CachedBlock(data, len(block.order))
@@ -112,7 +119,7 @@ class LaneCache:
             "documents": len(documents),
             "offset": self._end,
             "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": _seal(block, data),
         }
         try:
             self._file.write(data)

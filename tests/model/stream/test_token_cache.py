@@ -90,6 +90,17 @@ def test_what_a_kill_or_a_flipped_bit_left_is_made_again(corpus, kind):
     assert delivered(stream(corpus)) == expected
 
 
+def test_a_record_under_another_blocks_name_is_not_trusted(corpus):
+    expected = delivered(stream(corpus))
+    path = files_of(corpus, "index")[0]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    first, second = [record for record in records if record["documents"] == records[0]["documents"]][:2]
+    names = [(record["file"], record["start"]) for record in (first, second)]
+    (second["file"], second["start"]), (first["file"], first["start"]) = names
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert delivered(stream(corpus)) == expected
+
+
 def test_experiments_on_the_same_samples_share_it_and_others_do_not(corpus):
     manifest, data, cache = corpus
     ours = cache_folder(cache, manifest, data, SEED)
