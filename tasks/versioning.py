@@ -196,9 +196,11 @@ def _dvc(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _environment(watch_pid: int) -> dict[str, str]:
-    """The stages' `python` is this one, whether or not its environment was activated."""
+    """The stages' `python` is this one, whether or not its environment was activated, and their shell the plain one: DVC would take
+    the user's, which for a service's account is often /usr/sbin/nologin."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", "GPT2_WATCH_PID": str(watch_pid)}
+    ours = {"PATH": path, "SHELL": "/bin/sh", "DVC_NO_ANALYTICS": "1", "PYTHONUNBUFFERED": "1", "GPT2_WATCH_PID": str(watch_pid)}
+    return {**os.environ, **ours}
 
 
 def _run(
@@ -254,14 +256,25 @@ def _pump(process: subprocess.Popen[str], arriving: queue.Queue[str | None]) -> 
     arriving.put(None)
 
 
-def _ask_to_stop(dvc_pid: int, asked: set[int]) -> None:
-    """SIGTERM, once, to what DVC runs. DVC itself goes on: it notes that the stage failed, and lets go of its locks. While it only
-    hashes or links files there is nothing to stop."""
+def _ask_to_stop(parent_pid: int, asked: set[int]) -> None:
+    """SIGTERM, once, to the stage that DVC runs. DVC itself goes on: it notes that the stage failed, and lets go of its locks. While
+    it only hashes or links files there is nothing to stop.
+
+    DVC starts a stage through a shell. Some shells become the command that they run, others (dash) wait for it and would not pass the
+    signal on: those are passed over.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(dvc_pid).children():
-            if child.pid not in asked:
+        for child in psutil.Process(parent_pid).children():
+            if _is_shell(child):
+                _ask_to_stop(child.pid, asked)
+            elif child.pid not in asked:
                 asked.add(child.pid)
                 child.terminate()
+
+
+def _is_shell(process: psutil.Process) -> bool:
+    """Whether it is the shell that DVC starts a stage with: `/bin/sh -c "python -m …"`."""
+    return process.cmdline()[-2:-1] in (["-c"], ["/c"])
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -184,6 +183,11 @@ def until_step(project: Project, step: str) -> None:
         time.sleep(0.05)
 
 
+def test_the_stages_shell_is_the_plain_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHELL", "/usr/sbin/nologin")  # as for a service's account
+    assert run(project, "build-config")[0]
+
+
 def test_a_stop_before_the_stage_begins_nothing(project: Project) -> None:
     stop = threading.Event()
     stop.set()
@@ -197,9 +201,7 @@ def test_when_dvc_is_killed_the_next_run_goes_on(project: Project) -> None:
 
     def kill_dvc() -> None:
         stage = until_running(project, "a")
-        dvc_process = stage.parent()
-        assert dvc_process is not None
-        os.kill(dvc_process.pid, signal.SIGKILL)
+        next(parent for parent in stage.parents() if "dvc" in parent.cmdline()).kill()
 
     threading.Thread(target=kill_dvc).start()
     with pytest.raises(StageFailed):
