@@ -31,7 +31,7 @@ from model.tokenizer import END_OF_TEXT, load_tokenizer
 
 FILES = 8
 _PREPARED_TOKENS = 4_000_000
-"""Tokens made beforehand for the memory map, the cache and the bare tokenizer, at most; they go over them as often as it takes."""
+"""Tokens made beforehand for the memory map and the cache, at most; they go over them as often as it takes."""
 _SPARE = 1.2
 """Of which the validation split takes its part."""
 

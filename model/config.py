@@ -151,6 +151,18 @@ class DataConfig(Section):
         return [literal for literal, name, _, _ in string.Formatter().parse(self.text_template) if name][-1]
 
 
+class SpikeConfig(Section):
+    """Steps whose gradient norm is far above those before. (One that is not finite never reaches the weights, whatever is set here.)"""
+
+    action: Literal["none", "skip", "rollback"] = "none"
+    """skip: leave the weights as they are and go on; rollback: go back to the last regular checkpoint's weights and on with the batches
+    after the spike; none: only the clipping of `gradient_clip`."""
+    threshold: Annotated[Float, Field(gt=1)] = 10.0
+    """A spike's gradient norm is more than so many times the median."""
+    history: Annotated[int, Field(ge=8, le=4096)] = 128
+    """Steps that the median is of; with fewer steps behind it no step is a spike."""
+
+
 class TrainingConfig(Section):
     """One optimizer step after the other."""
 
@@ -162,16 +174,21 @@ class TrainingConfig(Section):
     """Passes over the training samples."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps even if epochs are left; null: train all epochs."""
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), fused."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: AdamW (Loshchilov & Hutter 2019), fused. muon: Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest."""
     learning_rate: Annotated[Float, Field(gt=0)] = 3e-4
     """Peak rate, reached after the warm-up."""
     embedding_learning_rate: Annotated[Float, Field(gt=0)] | None = None
     """Peak rate of the embeddings alone; null: `learning_rate`."""
+    matrix_learning_rate: Annotated[Float, Field(gt=0)] | None = None
+    """Peak rate of the blocks' matrices alone; null: `learning_rate`. Muon's updates are as large as AdamW's at the same rate."""
     min_learning_rate_ratio: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """Where the schedule ends, as a share of the peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    """Shape of the decay."""
+    decay_share: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """The share of the steps after the warm-up, at the end, in which the rate falls; it stays at its peak before. 1: all of them;
+    0.2 with `linear`: warm-up, stable, decay (Hu et al. 2024)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 500
     """Steps over which the rate rises linearly from 0."""
     weight_decay: NonNegativeFloat = 0.1
@@ -184,12 +201,22 @@ class TrainingConfig(Section):
     """AdamW's epsilon."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: none."""
+    spike: SpikeConfig = SpikeConfig()
+    """What happens to steps whose gradient norm is far above those before."""
+    max_bad_steps: PositiveInt = 10
+    """So many skipped steps in a row (gradients that are not finite, or spikes), or rollbacks to one checkpoint, end the run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward and backward pass; auto: bf16 on CUDA, fp32 elsewhere. Weights are always fp32."""
     eval_freq: PositiveInt = 500
     """Steps between validations."""
     eval_iters: PositiveInt = 20
     """Micro-batches of validation windows (always the same ones)."""
+
+    @model_validator(mode="after")
+    def _decay_of_something(self) -> TrainingConfig:
+        if self.schedule == "constant" and self.decay_share != 1.0:
+            raise ValueError("decay_share: a constant schedule has no decay; choose linear or cosine, or leave decay_share out")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -237,8 +264,27 @@ class HardwareConfig(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA where there is one, else the CPU."""
+    devices: PositiveInt | Literal["auto"] = 1
+    """Ranks that train together, one a GPU (or a CPU process); auto: all GPUs of this machine. The global batch stays what it is."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks share the work. ddp: each holds the whole network; fsdp: each holds a part of it and of the optimizer's state,
+    for networks that do not fit one GPU."""
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Windows a rank runs at once, to fill its memory; the global batch stays what it is. auto: as many as fit a GPU's memory, tried out
+    at the start; null: `training.batch_size`."""
     compile: bool = False
     """torch.compile the network: a minute of start-up, then faster steps."""
+    deterministic: bool = False
+    """Only deterministic kernels on CUDA: a rerun gives bit-equal weights, some per cent slower. CPU runs always do."""
+
+
+class JournalConfig(Section):
+    """What the journal records beside each step; changes no result."""
+
+    norms_every: PositiveInt | None = 100
+    """Steps between records of the norms of the parameters and of their updates; null: none."""
+    per_layer: bool = False
+    """Those norms, and the gradient's, for every parameter."""
 
 
 class Experiment(Section):
@@ -253,6 +299,7 @@ class Experiment(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     storage: StorageConfig = StorageConfig()
     hardware: HardwareConfig = HardwareConfig()
+    journal: JournalConfig = JournalConfig()
 
     @model_validator(mode="after")
     def _window_fits_context(self) -> Experiment:

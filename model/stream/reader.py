@@ -105,10 +105,10 @@ class Reader:
                 empty |= pc.equal(pc.binary_length(cells), 0).to_numpy(zero_copy_only=False)
                 parts.append(cells)
         joined = pc.binary_join_element_wise(*parts, _constant(END_OF_TEXT_NAME), _constant(""))
-        _, ends, data = joined.buffers()
-        places = np.frombuffer(ends, np.int64, len(joined) + 1, 8 * joined.offset).tolist()
-        bytes_of_all = memoryview(data if data is not None else b"")
-        return Texts([bytes_of_all[start:stop] for start, stop in itertools.pairwise(places)], empty.tolist())
+        _, offsets, data = joined.buffers()
+        ends = np.frombuffer(offsets, np.int64, len(joined) + 1, 8 * joined.offset)
+        spans = np.stack([np.zeros(len(joined), np.int64), ends[:-1], ends[1:]], axis=1)
+        return Texts([memoryview(data if data is not None else b"")], spans, empty)
 
     def _record_batches(self, parquet: pq.ParquetFile, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
         batches = parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
@@ -121,31 +121,35 @@ class Reader:
 
 
 class Texts:
-    """Texts of some rows. They are not copied from where Arrow put them: views move, bytes stay.
+    """Texts of some rows. They are not copied from where Arrow put them: numbers move, bytes stay.
 
     Args:
-        views: UTF-8, each with `<|endoftext|>` behind it.
-        empty: which of them miss a field.
+        buffers: UTF-8, texts back to back, each with `<|endoftext|>` behind it.
+        spans: int64 [texts, 3]: each one's buffer, and its first byte and the one after its last there.
+        empty: bool [texts]: which of them miss a field.
     """
 
-    def __init__(self, views: list[memoryview], empty: list[bool]) -> None:
-        self._views, self._empty = views, empty
+    def __init__(self, buffers: list[memoryview], spans: np.ndarray, empty: np.ndarray) -> None:
+        self._buffers, self._spans, self._empty = buffers, spans, empty
 
     @classmethod
     def joined(cls, parts: Sequence[Texts]) -> Texts:
         """The texts of all parts."""
-        return cls([view for part in parts for view in part._views], [empty for part in parts for empty in part._empty])
+        buffers = [buffer for part in parts for buffer in part._buffers]
+        firsts = itertools.accumulate([len(part._buffers) for part in parts], initial=0)
+        spans = [part._spans + np.array([first, 0, 0]) for part, first in zip(parts, firsts, strict=False)]
+        return cls(buffers, np.concatenate(spans), np.concatenate([part._empty for part in parts]))
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._spans)
 
     def __getitem__(self, row: int) -> bytes:
-        return bytes(self._views[row][: -len(END_OF_TEXT_NAME)])
+        buffer, start, stop = self._spans[row].tolist()
+        return bytes(self._buffers[buffer][start : stop - len(END_OF_TEXT_NAME)])
 
     def take(self, rows: np.ndarray) -> Texts:
         """The texts of these rows, in this order."""
-        places = rows.tolist()
-        return Texts([self._views[row] for row in places], [self._empty[row] for row in places])
+        return Texts(self._buffers, self._spans[rows], self._empty[rows])
 
     def documents(self) -> Iterator[Documents]:
         """All documents, `DOCUMENTS_AT_ONCE` at a time, tokenized when they are asked for."""
@@ -155,14 +159,15 @@ class Texts:
     def _tokenized(self, first: int, stop: int) -> Documents:
         """The documents of rows `first` to `stop - 1`, in one call: the special token between them keeps them apart."""
         try:
-            text = b"".join(self._views[first:stop]).decode("utf-8")
+            spans = self._spans[first:stop].tolist()
+            text = b"".join([self._buffers[buffer][start:end] for buffer, start, end in spans]).decode("utf-8")
         except UnicodeDecodeError:
             return self._one_by_one(first, stop)
         tokens = encode_to_numpy(text, _END_OF_TEXT_NAMES).astype(np.uint16)
         ends = np.flatnonzero(tokens == END_OF_TEXT) + 1
         if len(ends) != stop - first:  # a text spells the special token out
             return self._one_by_one(first, stop)
-        odd = {number: OddRows(empty_field=1) for number, empty in enumerate(self._empty[first:stop]) if empty}
+        odd = {number: OddRows(empty_field=1) for number in np.flatnonzero(self._empty[first:stop]).tolist()}
         return Documents(tokens, np.concatenate([[0], ends]), odd)
 
     def _one_by_one(self, first: int, stop: int) -> Documents:
