@@ -64,7 +64,7 @@ def next_tokens(
     # A padded position may look at itself, so that no row of the softmax is empty; nobody looks at it.
     causal_TT = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     mask_BTS = causal_TT & real_BT[:, None] | torch.eye(longest, dtype=torch.bool, device=device)
-    cache = KeyValueCache(model.config, len(prompts), longest + max_new_tokens, model.wte.weight)
+    cache = KeyValueCache(model.config, longest + max_new_tokens)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         x_BD = model.hidden(tokens_BT, cache, positions_BT, mask_BTS)[:, -1]

@@ -35,19 +35,28 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def save_weights(model: GPT2, path: Path) -> None:
-    """Write model.safetensors. Equal weights give equal bytes."""
-    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+def write_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write model.safetensors from our weights by name, on the CPU. Equal weights give equal bytes."""
     save_file(to_hugging_face(weights), path, metadata={"format": "pt"})
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Our weights by name from model.safetensors: ours, or any GPT-2 in Hugging Face's format."""
+    return from_hugging_face(load_file(path))
+
+
+def save_weights(model: GPT2, path: Path) -> None:
+    """Write a network's model.safetensors."""
+    write_weights({name: weight.detach().cpu() for name, weight in model.state_dict().items()}, path)
+
+
 def load_weights(model: GPT2, path: Path) -> None:
-    """Read model.safetensors (ours, or any GPT-2 in Hugging Face's format) into a network of that shape.
+    """Read model.safetensors into a network of that shape.
 
     Raises:
         RuntimeError: a weight is missing, unknown, or has another shape.
     """
-    model.load_state_dict(from_hugging_face(load_file(path)))
+    model.load_state_dict(read_weights(path))
 
 
 def load_model(checkpoint: Path, device: str | torch.device = "cpu") -> GPT2:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -69,8 +70,9 @@ def stream_and_train(project: Project, name: str) -> None:
 
 
 def _start_trainer(root: Path, folder: RunFolder, experiment: Experiment) -> subprocess.Popen[bytes]:
-    options = ["--device", experiment.hardware.device, "--watch-stdin"] + ["--compile"] * experiment.hardware.compile
-    return _start_beside(root, "model.training", str(folder.path), *options)
+    machine = {"hardware": experiment.hardware, "journal": experiment.journal}
+    fields = [f"{name}.{field}={json.dumps(value)}" for name, section in machine.items() for field, value in section.model_dump().items()]
+    return _start_beside(root, "model.training", str(folder.path), "--watch-stdin", *(f"--set={field}" for field in fields))
 
 
 def _start_beside(root: Path, module: str, *arguments: str) -> subprocess.Popen[bytes]:

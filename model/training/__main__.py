@@ -1,6 +1,7 @@
 """`python -m model.training RUN_FOLDER`: the trainer, a process of its own.
 
-Exit codes: 0 finished, 75 stopped resumably, 2 the user's mistake, 1 a fault.
+With `--set hardware.devices=4` it becomes torch's elastic launcher for four ranks of itself; several machines are started by torchrun
+(docs/operations.md). Exit codes: 0 finished, 75 stopped resumably, 2 the user's mistake, 1 a fault.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import traceback
 from pathlib import Path
 
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, NoWholeCheckpoint, Stopped, UserError
+from model.params import parse_overrides, validated
 from model.run_folder import RunFolder
+from model.training.bad_steps import TooManyBadSteps
 from model.training.lock import gpu_lock, held
+from model.training.run import Machine
 from model.training.stop import StopRequest
+
+_LAUNCHED = "RANK" in os.environ
+"""torch's elastic launcher started this process: it is one rank."""
 
 
 def main() -> int:
     """Train the run in the folder given; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m model.training", description="Train the run in RUN_FOLDER, or go on with it.")
     parser.add_argument("run_folder", type=Path)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="a field of hardware or journal; again and again"
+    )
     parser.add_argument("--watch-stdin", action="store_true", help="stop resumably when standard input closes")
     arguments = parser.parse_args()
     folder = RunFolder(arguments.run_folder.resolve())
@@ -32,28 +40,56 @@ def main() -> int:
     if arguments.watch_stdin:
         stop.on_parent_gone()
     try:
-        with contextlib.ExitStack() as locks:
-            locks.enter_context(held(folder.lock, f"the run {folder.experiment}"))
-            from model.device import pick_device  # torch takes seconds: be stoppable first
-            from model.training.trainer import Trainer
+        machine = validated(Machine, parse_overrides(arguments.changes), "machine")
+        if not _LAUNCHED and machine.hardware.devices != 1:
+            from model.training.launch import launch
 
-            device = pick_device(arguments.device)
-            if device.type == "cuda":
-                locks.enter_context(held(gpu_lock(device.index or 0), f"the GPU {device}"))
-            Trainer(folder, device, arguments.compile, stop).run()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return EXIT_STOPPED
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
-    except NoWholeCheckpoint as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAULT
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAULT
+            return launch(folder, machine, sys.argv[1:], stop)
+        _train(folder, machine, stop)
+    except Exception as error:
+        return _said(error)
     return 0
+
+
+def _train(folder: RunFolder, machine: Machine, stop: StopRequest) -> None:
+    """This rank's part."""
+    if machine.hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+    with contextlib.ExitStack() as locks:
+        if not _LAUNCHED:
+            locks.enter_context(held(folder.lock, f"the run {folder.experiment}"))
+        from model.device import pick_device  # torch takes seconds: be stoppable first
+        from model.training.distributed import join, own_device
+        from model.training.trainer import Trainer
+
+        device = own_device(pick_device(machine.hardware.device))
+        if device.type == "cuda":
+            locks.enter_context(held(gpu_lock(device.index or 0), f"the GPU {device}"))
+        ranks = join(device)
+        if _LAUNCHED:
+            ranks.from_first(lambda: locks.enter_context(held(folder.lock, f"the run {folder.experiment}")))
+        Trainer(folder, machine, device, ranks, stop).run()
+
+
+def _said(error: BaseException) -> int:
+    """Say what went wrong, unless another rank does; returns the exit code."""
+    from model.training.distributed import SaidByFirst
+
+    silent = isinstance(error, SaidByFirst)
+    if isinstance(error, SaidByFirst):
+        error = error.error
+    if isinstance(error, Stopped | TooManyBadSteps):  # of all ranks at once
+        silent = silent or int(os.environ.get("RANK", "0")) > 0
+    code, line = EXIT_FAULT, f"error: {error}"
+    if isinstance(error, Stopped):
+        code, line = EXIT_STOPPED, str(error)
+    elif isinstance(error, UserError):
+        code = EXIT_USER
+    elif not isinstance(error, NoWholeCheckpoint | TooManyBadSteps):
+        line = "".join(traceback.format_exception(error)).rstrip()
+    if not silent:
+        print(line, file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

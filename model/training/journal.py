@@ -2,9 +2,12 @@
 
 Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`:
 
-    started     step, config_digest, resumed_from, total_steps, device, precision, parameters, versions, code
-    step        step, epoch, loss (nats a token), learning_rate, gradient_norm, tokens (so far), tokens_per_s, step_time_s,
-                data_wait_s (the part of it spent waiting for the batch)
+    started     step, config_digest, resumed_from, total_steps, device, ranks, micro_batch, precision, parameters, flops_per_token,
+                versions, code; after a rollback also rolled_back_from
+    step        step, epoch, loss (nats a token), learning_rate, gradient_norm (before clipping), skipped_steps (so far), tokens (so far),
+                tokens_per_s, step_time_s, data_wait_share (of that time); on a GPU mfu (of its dense peak) and peak_memory_gb (of the first
+                rank's); every `journal.norms_every` steps parameter_norm and update_norm, with `journal.per_layer` also layers: each
+                parameter's [gradient, parameter, update] norms
     validation  step, loss, bits_per_byte, windows
     sample      step, prompt, text
     checkpoint  step, name, digest, model_sha256, seconds, odd_rows (see model/stream/packing.py)

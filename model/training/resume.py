@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, open_checkpoint, step_of
+from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, name_of, open_checkpoint, step_of
 from model.config import RunConfig
 from model.errors import NoWholeCheckpoint, UserError
 from model.run_folder import RunFolder
@@ -87,3 +87,26 @@ def _rewind(folder: RunFolder, store: CheckpointStore, wanted: str) -> Checkpoin
     if later:
         store.set_aside(later, folder.aside / f"after_{wanted}")
     return checkpoint
+
+
+def rewind_after_spike(folder: RunFolder, step: int, every: int) -> Checkpoint | None:
+    """The regular checkpoint at or before `step`, to go back to; None: the beginning. Later ones are set aside.
+
+    Raises:
+        NoWholeCheckpoint: it is not there or not whole. Another one would make the run depend on its faults.
+    """
+    step = step // every * every
+    store, target = CheckpointStore(folder.checkpoints), None
+    if step:
+        try:
+            target = open_checkpoint(folder.checkpoints / name_of(step))
+            target.verify()
+        except NotWhole as error:
+            raise NoWholeCheckpoint(
+                f"a spike asks for a rollback (training.spike), but {error}. Bring it back (dvc checkout, or the storage's copy), or set "
+                "training.spike.action=skip"
+            ) from None
+    later = [path for path in store.folders() if step_of(path.name) > step]
+    if later:
+        store.set_aside(later, folder.aside / f"before_rollback_to_{name_of(step)}")
+    return target

@@ -1,12 +1,19 @@
-"""What a run is: its resolved config and its data."""
+"""What a run is: its resolved config and its data; and what computes it."""
 
 from __future__ import annotations
 
-from model.config import RunConfig
+from model.config import HardwareConfig, JournalConfig, RunConfig, Section
 from model.errors import UserError
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.stream.manifest import DatasetManifest
+
+
+class Machine(Section):
+    """What a run is computed with: nothing that decides its result."""
+
+    hardware: HardwareConfig = HardwareConfig()
+    journal: JournalConfig = JournalConfig()
 
 
 def read_run(folder: RunFolder) -> tuple[RunConfig, DatasetManifest]:

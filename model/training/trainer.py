@@ -1,7 +1,10 @@
 """The training loop: windows in, checkpoints and journal out. It talks to no server.
 
-Exactness: the weights after step n are a pure function of the config. The data order is (model/stream), and so is the randomness of
-dropout: before each micro-batch the generators are seeded from (seed, step, micro-batch). So a resume needs no generator's state.
+Exactness: the weights after step n are a pure function of the config. The data order is (model/stream), and so are the randomness of
+dropout (model/training/engine.py) and what happens to bad steps (model/training/bad_steps.py).
+
+Several ranks run this same loop. At each step they tell each other what they have got and whether one was asked to stop, so all of them
+do the same; the first one alone writes.
 """
 
 from __future__ import annotations
@@ -20,87 +23,119 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.background import wait_for
+from model.checkpoint.retention import retain
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore, name_of
-from model.digest import digest_of
 from model.errors import Stopped
 from model.evaluation.likelihood import validation_loss
+from model.flops import flops_per_token, mfu, peak_flops
 from model.generation import answer
-from model.gpt2 import GPT2
-from model.huggingface import load_weights, save_weights
+from model.huggingface import read_weights, write_weights
 from model.run_folder import RunFolder
-from model.stream.batches import Batch, TrainingWindows
+from model.stream.batches import Batch, State, TrainingWindows, merged_state
 from model.stream.packing import OddRows
 from model.stream.validation import cached_validation_windows
 from model.tokenizer import decode
+from model.training.bad_steps import BadSteps, TooManyBadSteps
+from model.training.distributed import Ranks
+from model.training.engine import Engine
 from model.training.identity import code_identity, versions
 from model.training.journal import Journal, read_current
-from model.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
-from model.training.resume import set_aside_other_configurations, starting_checkpoint
-from model.training.run import read_run
+from model.training.norms import Norms
+from model.training.resume import rewind_after_spike, set_aside_other_configurations, starting_checkpoint
+from model.training.run import Machine, read_run
 from model.training.schedule import learning_rate_factor
 from model.training.stop import StopRequest
 
-_LOADER_THREADS = min(4, max(1, (os.cpu_count() or 1) - 1))
-"""One tokenizes about 3 M tokens/s."""
+_LOADER_THREADS = 4
+"""At most, a rank. One tokenizes about 4 M tokens/s."""
 
 
 class Trainer:
-    """One training run, from wherever its folder says it stands, to its end or to a stop request."""
+    """One training run, from wherever its folder says it stands, to its end or to a stop request.
 
-    def __init__(self, folder: RunFolder, device: torch.device, compile_model: bool, stop: StopRequest) -> None:
-        self.folder, self.device, self.stop = folder, device, stop
-        self.config, self.manifest = read_run(folder)
+    Args:
+        folder: the run's.
+        machine: what it is computed with.
+        device: this rank's own.
+        ranks: who trains together.
+        stop: asks this rank to stop.
+    """
+
+    def __init__(self, folder: RunFolder, machine: Machine, device: torch.device, ranks: Ranks, stop: StopRequest) -> None:
+        self.folder, self.machine, self.device, self.ranks, self.stop = folder, machine, device, ranks, stop
+        self.config, self.manifest = ranks.from_first(lambda: read_run(folder))
         self.store = CheckpointStore(folder.checkpoints)
-        self.store.sweep()
-        aside = set_aside_other_configurations(folder, self.config)
-        messages: list[str] = [f"another configuration's checkpoints were moved to {aside}"] if aside else []
-        start = self.saved = starting_checkpoint(folder, self.config, messages.append)
-        self.model = GPT2(self.config.model, seed=self.config.seed).to(device).train()
-        self.optimizer = build_optimizer(self.model, self.config.training)
+        start, messages = ranks.from_first(self._starting_point)
+        state = start.state() if start is not None else {}
+        self.engine = Engine(self.config, machine.hardware, device, ranks, state.get("micro_batches", {}).get(str(ranks.size)))
+        self.bad_steps = BadSteps(self.config.training)
         self.step, self.tokens = 0, 0
-        self.stream_state: dict[str, Any] | None = None
+        self.stream_state: State | None = None
         self.odd_rows: OddRows | None = None
+        self.saved = start
         if start is not None:
             self._load(start)
-        precision = self.config.training.precision
-        self.autocast = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-        self.forward: Any = torch.compile(self.model) if compile_model else self.model
-        self.journal = Journal(folder.journal)
-        self.journal.append(
+            self.stream_state = state["stream"]
+        self.flops_per_token = flops_per_token(self.config.model, self.config.data.max_length)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
+        self.journal = Journal(folder.journal) if ranks.first else None
+        self._record_start(start)
+        for message in messages:
+            self._record("warning", step=self.step, kind="resume", message=message)
+        self.validated_steps = ranks.from_first(self._read_validated_steps)
+
+    def _starting_point(self) -> tuple[Checkpoint | None, list[str]]:
+        self.store.sweep()
+        aside = set_aside_other_configurations(self.folder, self.config)
+        messages = [f"another configuration's checkpoints were moved to {aside}"] if aside else []
+        return starting_checkpoint(self.folder, self.config, messages.append), messages
+
+    def _read_validated_steps(self) -> set[int]:
+        return {event["step"] for event in read_current(self.folder.journal) if event["event"] == "validation"}
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Weights, optimizer and counts. The stream's position is another matter."""
+        state = checkpoint.state()
+        self.engine.load(read_weights(checkpoint.path / MODEL), load_file(checkpoint.path / OPTIMIZER))
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.bad_steps.load(state["bad_steps"])
+
+    def _record(self, event: str, **fields: Any) -> None:
+        if self.journal is not None:
+            self.journal.append(event, **fields)
+
+    def _record_start(self, start: Checkpoint | None, **more: Any) -> None:
+        self._record(
             "started",
             step=self.step,
             config_digest=self.config.digest,
             resumed_from=start.name if start else None,
             checkpoint_to_resume=self.config.checkpoint.checkpoint_to_resume,
             total_steps=self.config.total_steps,
-            device=str(device),
-            precision="bf16" if self.autocast else "fp32",
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            device=str(self.device),
+            ranks=self.ranks.size,
+            micro_batch=self.engine.micro_batch,
+            precision="bf16" if self.engine.autocast else "fp32",
+            parameters=sum(parameter.numel() for parameter in self.engine.model.parameters()),
+            flops_per_token=self.flops_per_token,
             versions=versions(),
             code=code_identity(),
             threads=torch.get_num_threads(),
+            **more,
         )
-        self.validated_steps = {event["step"] for event in read_current(folder.journal) if event["event"] == "validation"}
-        for message in messages:
-            self.journal.append("warning", step=self.step, kind="resume", message=message)
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state()
-        load_weights(self.model, checkpoint.path / MODEL)
-        load_optimizer_state(self.model, self.optimizer, load_file(checkpoint.path / OPTIMIZER))
-        self.step, self.tokens, self.stream_state = state["step"], state["tokens"], state["stream"]
 
     def run(self) -> None:
         """Train to the end.
 
         Raises:
             Stopped: somebody asked; everything is saved.
+            TooManyBadSteps: training does not get better by going on.
         """
         training = self.config.training
-        try:
-            self.validation = wait_for(self._validation_windows, lambda: Stopped(self.stop.reason) if self.stop else None)
-        except Stopped as fault:
-            self._leave_for(fault)
+        self.validation = self.ranks.from_first(self._read_validation_windows)
+        if self.validation is None:
+            self._leave()
         windows = TrainingWindows(
             self.manifest,
             self.config.data,
@@ -108,26 +143,29 @@ class Trainer:
             self.config.global_batch,
             training.num_epochs,
             self.stream_state,
-            threads=_LOADER_THREADS,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+            threads=_loader_threads(),
             cache=self.folder.token_caches if self.config.data.cache else None,
             stopping=lambda: bool(self.stop),
         )
         if self.step and self._validation_due():
             self._validate()  # the stop that we resume from may have cut it short
-        with contextlib.closing(windows) as batches:
+        with contextlib.closing(windows):
             while not self._finished():
-                if self.stop:
-                    self._leave()
                 began = time.perf_counter()
-                try:
-                    batch = next(batches, None)
-                except Stopped as fault:
-                    self._leave_for(fault)
-                while windows.warnings:
-                    self.journal.append("warning", step=self.step, kind="stream", message=windows.warnings.popleft())
-                if batch is None:
+                batch = self._next(windows)
+                waited = time.perf_counter() - began
+                epoch = batch.epoch if batch is not None else training.num_epochs
+                told = self.ranks.gather(len(batch.windows) if batch is not None else 0, epoch, bool(self.stop), len(windows.warnings))
+                counts, epochs, stops, warnings = zip(*told, strict=True)
+                if any(warnings):
+                    self._warn(windows)
+                if any(stops):
+                    self._leave()
+                if batch is None or not any(counts):
                     break
-                self._train_step(batch, began)
+                self._train_step(batch, list(counts), min(epochs), began, waited)
                 if self._due(self.config.checkpoint.save_every_n_iterations):
                     self._save()
                 if self._validation_due():
@@ -135,8 +173,24 @@ class Trainer:
                     self._retain()
         self._finish()
 
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0
+    def _next(self, windows: TrainingWindows) -> Batch | None:
+        """This rank's share of the next global batch. None: there is none, or this rank stops for a source that does not answer."""
+        try:
+            return next(windows, None)
+        except Stopped as fault:
+            if not self.stop:
+                self._record("warning", step=self.step, kind="stream", message=str(fault))
+            self.stop.ask(str(fault))
+            return None
+
+    def _warn(self, windows: TrainingWindows) -> None:
+        own = [windows.warnings.popleft() for _ in range(len(windows.warnings))]
+        for messages in self.ranks.gather_objects(own):
+            for message in messages:
+                self._record("warning", step=self.step, kind="stream", message=message)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
 
     def _validation_due(self) -> bool:
         due = self._due(self.config.training.eval_freq) or self._due(self.config.checkpoint.save_every_n_iterations)
@@ -145,64 +199,115 @@ class Trainer:
     def _finished(self) -> bool:
         return self.config.training.max_steps is not None and self.step >= self.config.training.max_steps
 
-    def _train_step(self, batch: Batch, began: float) -> None:
-        """One optimizer step; `began` is when it began to wait for its batch."""
-        waited = time.perf_counter() - began
-        training = self.config.training
+    def _train_step(self, batch: Batch, counts: list[int], epoch: int, began: float, waited: float) -> None:
+        """One optimizer step on a global batch of which each rank has `counts` windows; `began` is when it began to wait for it."""
+        training, engine = self.config.training, self.engine
         factor = learning_rate_factor(self.step, training, self.config.total_steps)
-        set_learning_rate(self.optimizer, factor)
-        targets = batch.windows.shape[0] * (batch.windows.shape[1] - 1)
-        total = torch.zeros((), device=self.device)
-        for number, micro_batch in enumerate(batch.windows.split(training.batch_size)):
-            torch.manual_seed(int(digest_of([self.config.seed, self.step, number])[:15], 16))
-            tokens_BT = micro_batch.to(self.device, non_blocking=True).long()
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-                loss = self.forward(tokens_BT[:, :-1], tokens_BT[:, 1:]) / targets
-            loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        targets = sum(counts) * self.config.data.max_length
+        rounds = math.ceil(max(counts) / engine.micro_batch)
+        loss, norm = engine.accumulate(batch.windows, self.step, targets, rounds)
+        try:
+            verdict = self.bad_steps.judge(self.step + 1, loss, norm)
+        except TooManyBadSteps as error:
+            self._record("warning", step=self.step, kind="bad step", message=str(error))
+            raise
+        self.stream_state, self.odd_rows = batch.state, batch.odd_rows
+        if verdict == "rollback":
+            engine.discard()
+            self._roll_back(norm)
+            return
+        norms: dict[str, Any] = {}
         self.step += 1
         self.tokens += targets
-        self.stream_state, self.odd_rows = batch.state, batch.odd_rows
-        loss_value, gradient_norm = _finite(total), _finite(norm)  # waits for the device: what follows measures the whole step
+        if verdict == "skip":
+            engine.discard()
+            self._record("warning", step=self.step, kind="bad step", message=f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
+        elif self._due(self.machine.journal.norms_every):
+            before = Norms(engine.model)
+            engine.update(factor)
+            norms = before.fields(self.machine.journal.per_layer)
+        else:
+            engine.update(factor)
+        if self._due(self.config.checkpoint.save_every_n_iterations):
+            self.bad_steps.regular_checkpoint()
         seconds = time.perf_counter() - began
-        self.journal.append(
+        self._record(
             "step",
             step=self.step,
-            epoch=batch.epoch,
-            loss=loss_value,
+            epoch=epoch,
+            loss=_finite(loss),
             learning_rate=training.learning_rate * factor,
-            gradient_norm=gradient_norm,
+            gradient_norm=_finite(norm),
+            skipped_steps=self.bad_steps.skipped,
             tokens=self.tokens,
             tokens_per_s=round(targets / seconds),
             step_time_s=round(seconds, 4),
-            data_wait_s=round(waited, 4),
+            data_wait_share=round(waited / seconds, 4),
+            **self._utilisation(targets / seconds),
+            **norms,
         )
+
+    def _utilisation(self, tokens_per_s: float) -> dict[str, float]:
+        """What is known of a GPU only."""
+        found = {}
+        if (share := mfu(tokens_per_s, self.flops_per_token, self.peak_flops, self.ranks.size)) is not None:
+            found["mfu"] = round(share, 4)
+        if self.device.type == "cuda":
+            found["peak_memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
+        return found
+
+    def _roll_back(self, norm: float) -> None:
+        """Go back to the weights of the last regular checkpoint, and on with the batches after this one."""
+        spike = self.step + 1
+        target = self.ranks.from_first(lambda: rewind_after_spike(self.folder, self.step, self.config.checkpoint.save_every_n_iterations))
+        if target is None:
+            self.engine.load_initial()
+            self.step, self.tokens = 0, 0
+        else:
+            self._load(target)
+        self.bad_steps.rolled_back(target.state()["bad_steps"] if target is not None else None)
+        self.saved = target
+        self._record_start(target, rolled_back_from=spike)
+        message = f"step {spike}: a gradient norm of {norm:.4g}; went back to step {self.step} and passed over the batches up to it"
+        self._record("warning", step=self.step, kind="bad step", message=message)
+        self.validated_steps = {step for step in self.validated_steps if step <= self.step}
+
+    def _read_validation_windows(self) -> np.ndarray | None:
+        """The validation windows; None when they could not be had before a stop."""
+        try:
+            return wait_for(self._validation_windows, lambda: Stopped(str(self.stop.reason)) if self.stop else None)
+        except Stopped as fault:
+            if not self.stop:
+                self._record("warning", step=self.step, kind="stream", message=str(fault))
+            self.stop.ask(str(fault))
+            return None
 
     def _validation_windows(self) -> np.ndarray:
         count = self.config.training.eval_iters * self.config.training.batch_size
         return cached_validation_windows(self.folder.validation_windows, self.manifest, self.config.data, self.config.seed, count)
 
     def _validate(self) -> None:
-        result = validation_loss(self.model, self.validation, self.config.training.batch_size, lambda: bool(self.stop), self.autocast)
-        if result is None:
-            return
+        """Every rank computes the same: some seconds, and no sum that depends on their number. Alone, a stop need not wait for its end."""
+        assert self.validation is not None
+
+        def should_stop() -> bool:
+            return self.ranks.size == 1 and bool(self.stop)
+
+        engine = self.engine
+        with engine.evaluating() as model:
+            result = validation_loss(model, self.validation, self.config.training.batch_size, should_stop, engine.autocast)
+            if result is None:
+                return
+            prompt = self._sample_prompt(self.validation[0])
+            text = answer(model, [prompt], max_new_tokens=48)[0]
         loss, bits_per_byte = result
         self.validated_steps.add(self.step)
-        self.journal.append("validation", step=self.step, loss=loss, bits_per_byte=bits_per_byte, windows=len(self.validation))
-        prompt = self._sample_prompt()
-        self.model.eval()
-        try:
-            text = answer(self.model, [prompt], max_new_tokens=48)[0]
-        finally:
-            self.model.train()
-        self.journal.append("sample", step=self.step, prompt=prompt, text=text)
+        self._record("validation", step=self.step, loss=loss, bits_per_byte=bits_per_byte, windows=len(self.validation))
+        self._record("sample", step=self.step, prompt=prompt, text=text)
 
-    def _sample_prompt(self) -> str:
+    def _sample_prompt(self, window: np.ndarray) -> str:
         """The beginning of the first held-out document, up to where the network has something to say."""
-        text = decode(self.validation[0].tolist())
+        text = decode(window.tolist())
         literal = self.config.data.prompt_template.rpartition("}")[2]
         end = text.find(literal) + len(literal) if literal and literal in text else 40
         return text[: max(1, end)]
@@ -211,79 +316,72 @@ class Trainer:
         """Seal a checkpoint, once a step. A disk that says no is reported and costs nothing but this checkpoint."""
         if self.saved is not None and self.saved.step == self.step:
             return self.saved
-        began = time.perf_counter()
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        stream, odd_rows = self.stream_state, self.odd_rows
+        if stream is not None and odd_rows is not None:  # else nothing was read since the start: the state is the whole run's already
+            stream = merged_state(self.ranks.gather_objects(stream))
+            odd_rows = OddRows().plus(*self.ranks.gather_objects(odd_rows))
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "stream": self.stream_state,
-            "randomness": "seeded from (seed, step, micro-batch) before each micro-batch",
+            "stream": stream,
+            "randomness": "seeded from (seed, step, micro-batch, rank) before each micro-batch",
+            "bad_steps": self.bad_steps.state,
+            "micro_batches": {str(self.ranks.size): self.engine.micro_batch},
             "config": self.config.model_dump(mode="json"),
             "config_digest": self.config.digest,
             "versions": versions(),
             "code": code_identity(),
         }
+        self.saved = self.ranks.from_first(lambda: self._write(weights, optimizer, state, odd_rows)) or self.saved
+        return self.saved if self.saved is not None and self.saved.step == self.step else None
+
+    def _write(
+        self, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict[str, Any], odd_rows: OddRows | None
+    ) -> Checkpoint | None:
+        began = time.perf_counter()
         try:
             checkpoint = self.store.write(
                 self.step,
                 {
-                    MODEL: lambda path: save_weights(self.model, path),
-                    OPTIMIZER: lambda path: save_file(optimizer_state(self.model, self.optimizer), path),
+                    MODEL: lambda path: write_weights(weights, path),
+                    OPTIMIZER: lambda path: save_file(optimizer, path),
                     STATE: lambda path: _write_text(path, json.dumps(state, indent=1, sort_keys=True)),
                 },
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            self.journal.append("warning", step=self.step, kind="checkpoint", message=f"{name_of(self.step)} was not written: {error}")
+            self._record("warning", step=self.step, kind="checkpoint", message=f"{name_of(self.step)} was not written: {error}")
             return None
-        self.journal.append(
+        self._record(
             "checkpoint",
             step=self.step,
             name=checkpoint.name,
             digest=checkpoint.digest,
             model_sha256=checkpoint.model_sha256,
             seconds=round(time.perf_counter() - began, 3),
-            odd_rows=self.odd_rows._asdict() if self.odd_rows else None,
+            odd_rows=odd_rows._asdict() if odd_rows else None,
         )
+        assert self.journal is not None
         self.journal.sync()
-        self.saved = checkpoint
         return checkpoint
 
     def _retain(self) -> None:
-        """Keep the last k regular checkpoints, the best by validation loss, what the registry names, and the newest of all.
-
-        So a save made by a stop request goes once a regular one has overtaken it, whether or not there ever was an interruption.
-        """
-        every, keep_last = self.config.checkpoint.save_every_n_iterations, self.config.checkpoint.keep_last
-        checkpoints = self.store.checkpoints()
-        regular = [c for c in checkpoints if c.step % every == 0]
-        losses = {e["step"]: e["loss"] for e in read_current(self.folder.journal) if e["event"] == "validation"}
-        best = min((c for c in regular if c.step in losses), key=lambda c: losses[c.step], default=None)
-        protected = self._protected()
-        self.store.retain(
-            c.name
-            for c in checkpoints
-            if c in (regular[-keep_last:] if keep_last else regular) or c in (best, checkpoints[-1]) or c.digest in protected
-        )
-
-    def _protected(self) -> set[str]:
-        """Digests of checkpoints that the registry's alias names, as evaluation last wrote it down: the trainer asks no server."""
-        path = self.folder.scores
-        champion = json.loads(path.read_text(encoding="utf-8"))["champion"] if path.exists() else None
-        return {champion["digest"]} if champion else set()
-
-    def _leave_for(self, fault: Stopped) -> NoReturn:
-        """Leave because of a source that does not answer, unless somebody had asked for a stop."""
-        if not self.stop:
-            self.journal.append("warning", step=self.step, kind="stream", message=str(fault))
-            self.stop.ask(str(fault))
-        self._leave()
+        if self.ranks.first:
+            retain(self.store, self.config.checkpoint, read_current(self.folder.journal), self.folder.scores)
 
     def _leave(self) -> NoReturn:
-        checkpoint = None
-        if self.step:
-            checkpoint = self._save()
-        self.journal.append("stopped", step=self.step, reason=self.stop.reason, checkpoint=checkpoint.name if checkpoint else None)
-        self.journal.close()
-        raise Stopped(f"stopped at step {self.step} ({self.stop.reason}); the same command goes on from there")
+        """Save and stop, because at least one rank was asked to."""
+        reason = next(reason for reason in self.ranks.gather_objects(self.stop.reason) if reason is not None)
+        checkpoint = self._save() if self.step else None
+        self._record("stopped", step=self.step, reason=reason, checkpoint=checkpoint.name if checkpoint else None)
+        self._close()
+        raise Stopped(f"stopped at step {self.step} ({reason}); the same command goes on from there")
+
+    def _close(self) -> None:
+        """The journal is whole before any rank leaves: the launcher ends all when one has gone."""
+        if self.journal is not None:
+            self.journal.close()
+        self.ranks.gather()
 
     def _finish(self) -> None:
         checkpoint = self._save()
@@ -294,6 +392,19 @@ class Trainer:
         if self.step not in self.validated_steps:
             self._leave()
         self._retain()
+        if self.ranks.first:
+            self._write_metrics()
+        self._record(
+            "finished",
+            step=self.step,
+            tokens=self.tokens,
+            checkpoint=checkpoint.name,
+            digest=checkpoint.digest,
+            model_sha256=checkpoint.model_sha256,
+        )
+        self._close()
+
+    def _write_metrics(self) -> None:
         last = {event["event"]: event for event in read_current(self.folder.journal)}
         metrics = {
             "step": self.step,
@@ -303,21 +414,16 @@ class Trainer:
             "validation_bits_per_byte": last["validation"]["bits_per_byte"],
         }
         _write_text(self.folder.metrics, json.dumps(metrics, indent=1) + "\n")
-        self.journal.append(
-            "finished",
-            step=self.step,
-            tokens=self.tokens,
-            checkpoint=checkpoint.name,
-            digest=checkpoint.digest,
-            model_sha256=checkpoint.model_sha256,
-        )
-        self.journal.close()
 
 
-def _finite(value: torch.Tensor) -> float | None:
+def _finite(number: float) -> float | None:
     """JSON has no NaN and no infinity."""
-    number = float(value)
     return number if math.isfinite(number) else None
+
+
+def _loader_threads() -> int:
+    """This rank's share of the machine's cores, but for one."""
+    return min(_LOADER_THREADS, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _write_text(path: Path, text: str) -> None:

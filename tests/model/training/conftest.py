@@ -67,7 +67,7 @@ def finished(finished_run, tmp_path):
 
 
 def start_trainer(folder, *options, **popen):
-    command = [sys.executable, "-m", "model.training", str(folder.path), "--device", "cpu", *options]
+    command = [sys.executable, "-m", "model.training", str(folder.path), "--set", "hardware.device=cpu", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # several trainers at once share few cores
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], env=environment, **popen)
 

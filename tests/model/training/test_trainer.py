@@ -1,6 +1,7 @@
 """The trainer as its users meet it: a process that is started, interrupted, killed, and started again."""
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from model.checkpoint.store import CheckpointStore, open_checkpoint
+from model.config import ModelConfig
+from model.gpt2 import GPT2
 from model.params import read_yaml, write_yaml
 from model.training.journal import read_all, read_current
 from tests.model.training.conftest import final, make_run, start_trainer, train
@@ -211,7 +214,7 @@ def test_the_data_must_be_the_configs(finished):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_device_that_is_not_there_is_one_line(new_run):
-    process = start_trainer(new_run("gpu"), "--device", "cuda")
+    process = start_trainer(new_run("gpu"), "--set", "hardware.device=cuda")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert errors.startswith("error: hardware.device: cuda is not there")
@@ -239,3 +242,31 @@ def test_cached_tokens_change_nothing(new_run, finished_run):
     odd = [event["odd_rows"] for event in read_current(folder.journal) if event["event"] == "checkpoint"]
     assert odd == [event["odd_rows"] for event in read_current(finished_run.journal) if event["event"] == "checkpoint"]
     assert odd[-1].keys() == {"empty_field", "not_utf8", "end_of_text", "lost"}
+
+
+def test_norms_are_recorded_when_asked_for_and_change_nothing(new_run, finished_run):
+    folder = new_run("norms")
+    process = start_trainer(
+        folder, "--set", "journal.norms_every=4", "--set", "journal.per_layer=true", "--set", "hardware.deterministic=true"
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert final(folder) == final(finished_run)
+    with_norms = [e for e in read_current(folder.journal) if "update_norm" in e]
+    assert [e["step"] for e in with_norms] == list(range(4, 41, 4))
+    for event in with_norms:
+        gradients, parameters, updates = zip(*event["layers"].values(), strict=True)
+        assert math.hypot(*gradients) == pytest.approx(event["gradient_norm"], rel=1e-4)
+        assert math.hypot(*parameters) == pytest.approx(event["parameter_norm"], rel=1e-4)
+        assert math.hypot(*updates) == pytest.approx(event["update_norm"], rel=1e-4)
+        assert 0 < event["update_norm"] < event["parameter_norm"]
+    assert len(with_norms[0]["layers"]) == len(dict(GPT2(ModelConfig(preset="nano")).named_parameters()))
+
+
+@pytest.mark.parametrize("change", ["journal.norms_everx=1", "training.max_steps=3", "hardware.devices=0"])
+def test_an_option_that_is_not_the_machines_is_one_line(new_run, change):
+    process = start_trainer(new_run("options"), "--set", change)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert change.partition("=")[0].split(".")[0] in errors
+    assert len(errors.strip().splitlines()) == 1
