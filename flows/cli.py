@@ -149,6 +149,60 @@ def data(
 
 
 @app.command()
+def plan(
+    name: Name,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Plan with a field changed; may be given again.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(metavar="SHARE", help="Share of the GPU's peak that is assumed, 0 to 1.")] = 0.4,
+    gpu: Annotated[list[str] | None, typer.Option(metavar="GPU", help="Only this GPU type, such as H100; may be given again.")] = None,
+    price: Annotated[list[str] | None, typer.Option(metavar="GPU=USD", help="USD an hour, such as H100=2.50; may be given again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what an experiment will take: parameters, tokens, FLOPs, memory, hours and cost by GPU type, checkpoints, storage.
+
+    Trains nothing and reads no data. The keys of --json are the fields of Plan in tasks/plan.py.
+
+    Example: gpt2 plan samples2m --set training.gradient_accumulation=120 --gpu H100
+    """
+    from flows.plan_page import print_plan
+    from tasks.plan import plan as make_plan
+
+    made = make_plan(find_project(), name, parse_overrides(changes or []), mfu, gpu or (), price or ())
+    if as_json:
+        print(json.dumps(made.as_json(), indent=1))
+    else:
+        print_plan(made)
+
+
+@app.command()
+def benchmark(
+    preset: Annotated[str, typer.Option(help="The network's size: nano, tiny, mini, small, medium, large or xl.")] = "small",
+    window: Annotated[int | None, typer.Option(min=2, help="Tokens a window; by default all that the preset can look back on.")] = None,
+    batch: Annotated[str, typer.Option(help="Windows a step; auto: powers of two until a GPU's memory is full.")] = "8",
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="While training.")] = 0.0,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile the network first.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To measure each micro-batch for.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """Measure training on this machine: tokens/s, MFU, step time, memory, on random tokens. Works outside a project, too.
+
+    bf16 autocast on CUDA, fp32 on a CPU. The keys of --json are the fields of Measurement in tasks/machine_benchmark.py.
+
+    Example: gpt2 benchmark --preset small --window 1024 --batch auto --compile
+    """
+    with Console(stderr=True).status("measuring"):
+        from flows.plan_page import print_measurements
+        from tasks.machine_benchmark import measure
+
+        measured = measure(preset, window, batch, dropout, compile_model, seconds)
+    if as_json:
+        print(json.dumps([row.as_json() for row in measured], indent=1))
+    else:
+        print_measurements(measured)
+
+
+@app.command()
 def generate(
     name: Name,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the text begins with.")],

@@ -21,7 +21,7 @@ from tasks.project import Project
 from tests.tasks.conftest import NAME, make_project, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "generate", "export", "services")
+COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "plan", "benchmark", "generate", "export", "services")
 Answer = tuple[int, str, str]
 """Exit code, standard output, standard error."""
 
@@ -91,6 +91,14 @@ def test_help_waits_for_no_heavy_import() -> None:
         (["data", "nothing"], "nothing"),
         (["data", NAME], "data.path: somewhere"),
         (["data", NAME, "--show", "-1"], "--show"),
+        (["plan", "nothing"], "nothing"),
+        (["plan", NAME, "--set", "training.max_stepz=3"], "training.max_stepz"),
+        (["plan", NAME, "--gpu", "H101"], "H101"),
+        (["plan", NAME, "--price", "H100"], "--price H100"),
+        (["plan", NAME, "--mfu", "40"], "--mfu"),
+        (["benchmark", "--preset", "huge"], "--preset"),
+        (["benchmark", "--preset", "nano", "--window", "129"], "--window"),
+        (["benchmark", "--preset", "nano", "--batch", "many"], "--batch"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_changes_nothing(
@@ -186,6 +194,43 @@ def test_what_an_experiment_trains_on(project: Project, gpt2: Callable[..., Answ
     report = json.loads(out)
     assert (report["samples"], report["shown"], report["built"]) == (40, [], False)
     assert Path(report["plot"]).is_file()
+
+
+def test_what_an_experiment_will_take(project: Project, gpt2: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    before = files(project.root)
+    code, out, err = gpt2("plan", NAME, "--set", "training.max_steps=10", "--gpu", "H100", "--gpu", "T4", "--price", "H100=9.87")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{NAME:<10}  1,637,792 parameters"
+    assert max(map(len, lines)) <= 80
+    assert not any(line.endswith(" ") for line in lines)
+    assert "10 steps of the 15 that all epochs take: 1,280 tokens" in out, "100 samples of 20 tokens, 90 of them to train on, in 8 x 16"
+    assert "9.87" in next(line for line in lines if line.strip().startswith("H100"))
+    assert "B200" not in out
+
+    code, out, err = gpt2("plan", NAME, "--set", "training.max_steps=10", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["parameters"], found["steps"], found["tokens"]["total"]) == (1_637_792, 10, 1280)
+    assert files(project.root) == before
+
+
+def test_how_fast_this_machine_trains(gpt2: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("benchmark", "--preset", "nano", "--window", "16", "--batch", "2", "--seconds", "0.1")
+    code, out, _ = gpt2(*arguments, "--json")
+    assert code == 0
+    (row,) = json.loads(out)
+    assert (row["parameters"], row["window"], row["batch"]) == (1_637_792, 16, 2)
+    assert row["tokens_per_s"] > 0
+    assert row["steps"] >= 1
+    assert row["memory_mb"] > 4 * 4 * 1.637792, "weights, gradients and two moments"
+    if not torch.cuda.is_available():
+        assert (row["precision"], row["mfu"]) == ("fp32", None)
+    code, out, _ = gpt2(*arguments)
+    assert code == 0
+    assert "nano, 1,637,792 parameters, windows of 16" in out
 
 
 def test_the_champion_writes_on_and_is_exported(project: Project, gpt2: Callable[..., Answer]) -> None:
