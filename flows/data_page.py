@@ -7,6 +7,7 @@ import shutil
 import textwrap
 import unicodedata
 
+from flows.units import count, duration, rounded, size
 from tasks.data_report import DataReport
 from tasks.project import Project
 
@@ -18,7 +19,7 @@ def print_data(project: Project, report: DataReport) -> None:
     _print_lines(
         report.experiment,
         f"{report.path}, {found}",
-        f"{places[report.location]}: {_count(report.files, 'file')}, {_size(report.bytes)}",
+        f"{places[report.location]}: {count(report.files, 'file')}, {size(report.bytes)}",
         f"revision {report.revision}" if report.revision else "not on the Hub: no revision to pin",
         *(f"left out: {fault}" for fault in report.left_out),
     )
@@ -38,13 +39,13 @@ def print_data(project: Project, report: DataReport) -> None:
     _print_lines(
         "tokens",
         f"mean {tokens.mean:,} · median {tokens.median:,} · p5 {tokens.p5:,} · p95 {tokens.p95:,} · max {tokens.max:,} a document",
-        f"{report.sampled_rows:,} rows sampled from the beginnings of {_count(report.sampled_files, 'file')}",
+        f"{report.sampled_rows:,} rows sampled from the beginnings of {count(report.sampled_files, 'file')}",
         f"{odd['empty_field']:,} with an empty field · {odd['not_utf8']:,} not UTF-8 · {odd['end_of_text']:,} that contain <|endoftext|>",
     )
     _print_lines(
         "epoch",
-        f"about {_rounded(epoch.tokens)} tokens to train on: {_rounded(epoch.windows)} windows of {report.max_length:,}, "
-        f"{_rounded(epoch.steps)} steps of {_count(report.global_batch, 'window')}",
+        f"about {rounded(epoch.tokens)} tokens to train on: {rounded(epoch.windows)} windows of {report.max_length:,}, "
+        f"{rounded(epoch.steps)} steps of {count(report.global_batch, 'window')}",
         f"the run is planned for {report.planned_steps:,} steps",
     )
     speed = report.training_speed
@@ -53,11 +54,11 @@ def print_data(project: Project, report: DataReport) -> None:
     else:
         _print_lines(
             "time",
-            f"about {_duration(epoch.seconds)} an epoch at {_rounded(speed.tokens_per_s)} tokens/s, as in the run's last "
-            f"{_count(speed.steps, 'step')} on {speed.device or 'this machine'}; validations and checkpoints come on top",
+            f"about {duration(epoch.seconds)} an epoch at {rounded(speed.tokens_per_s)} tokens/s, as in the run's last "
+            f"{count(speed.steps, 'step')} on {speed.device or 'this machine'}; validations and checkpoints come on top",
         )
-    alone = _duration(epoch.tokens / report.stream_tokens_per_s)
-    _print_lines("", f"the stream alone: {_rounded(report.stream_tokens_per_s)} tokens/s here on one thread, an epoch in {alone}")
+    alone = duration(epoch.tokens / report.stream_tokens_per_s)
+    _print_lines("", f"the stream alone: {rounded(report.stream_tokens_per_s)} tokens/s here on one thread, an epoch in {alone}")
     _print_lines("plot", places[report.plot])
 
 
@@ -74,24 +75,3 @@ def _print_text(text: str) -> None:
         shown = "".join(c if c == "\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in line)
         for piece in textwrap.wrap(shown, width, replace_whitespace=False, break_on_hyphens=False) or [""]:
             print(f"  │ {piece}".rstrip())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _rounded(number: float) -> str:
-    """Three significant digits: it is an estimate."""
-    return f"{float(f'{number:.3g}'):,.0f}"
-
-
-def _size(number: int) -> str:
-    unit = max(0, min(4, (len(str(number)) - 1) // 3))
-    return f"{number / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
-
-
-def _duration(seconds: float) -> str:
-    units = [("days", 86_400), ("hours", 3600), ("minutes", 60)]
-    unit, length = next(((unit, length) for unit, length in units if seconds >= 1.5 * length), ("seconds", 1))
-    number = seconds / length
-    return f"{number:.2g} {unit}" if number < 10 else f"{number:,.0f} {unit}"

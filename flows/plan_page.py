@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from flows.data_page import _count, _duration, _rounded, _size
+from flows.units import count, duration, rounded, size
 from tasks.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def print_plan(plan: Plan) -> None:
         console.print()
         _print_table(
             console,
-            f"memory of a step with micro-batches of {_count(plan.micro_batch, 'window')}" + _on_each(plan),
+            f"memory of a step with micro-batches of {count(plan.micro_batch, 'window')}" + _on_each(plan),
             _memory_table(plan),
             "Tensors counted, without torch.compile; the runtime's own memory and fragmentation come on top.",
         )
@@ -64,11 +64,11 @@ def print_measurements(rows: list[Measurement]) -> None:
     for row in rows:
         table.add_row(
             f"{row.batch:,}",
-            _rounded(row.tokens_per_s),
+            rounded(row.tokens_per_s),
             "unknown" if row.mfu is None else f"{row.mfu:.1%}",
             f"{row.step_time_s * 1000:,.1f}",
             f"{row.steps:,}",
-            _size(round(row.memory_mb * 1e6)),
+            size(round(row.memory_mb * 1e6)),
         )
     console = Console(highlight=False)
     with console.capture() as captured:
@@ -93,27 +93,27 @@ def _summary(plan: Plan) -> Table:
     tokens = plan.tokens
     page.add_row(plan.experiment, f"{plan.parameters:,} parameters")
     page.add_row("data", _data(plan))
-    page.add_row("step", f"{_count(plan.global_batch, 'window')} of {plan.max_length:,}: {tokens.per_step:,} tokens")
+    page.add_row("step", f"{count(plan.global_batch, 'window')} of {plan.max_length:,}: {tokens.per_step:,} tokens")
     epochs = "" if tokens.epochs is None else f", {tokens.epochs:.3g} epochs"
     cut = ""
     if plan.steps_of_all_epochs and plan.steps < plan.steps_of_all_epochs:
         cut = f" of the {plan.steps_of_all_epochs:,} that all epochs take"
-    page.add_row("run", f"{_count(plan.steps, 'step')}{cut}: {_big(tokens.total)} tokens{epochs}")
+    page.add_row("run", f"{count(plan.steps, 'step')}{cut}: {_big(tokens.total)} tokens{epochs}")
     page.add_row("", f"{tokens.per_parameter:.3g} tokens a parameter (about 20 use a given effort best: Hoffmann et al. 2022)")
     page.add_row("effort", f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token, {plan.flops:.3g} FLOP in all; validation adds {_share(plan)}")
-    one, kept = _size(plan.checkpoints.total), _count(plan.checkpoints.kept, "checkpoint")
+    one, kept = size(plan.checkpoints.total), count(plan.checkpoints.kept, "checkpoint")
     page.add_row(
-        "checkpoint", f"{one}: weights {_size(plan.checkpoints.weights)}, optimizer {_size(plan.checkpoints.optimizer)}, and a few kB"
+        "checkpoint", f"{one}: weights {size(plan.checkpoints.weights)}, optimizer {size(plan.checkpoints.optimizer)}, and a few kB"
     )
     page.add_row("", f"{plan.checkpoints.made:,} made, at most {plan.checkpoints.kept:,} kept")
-    page.add_row("disk", f"{_size(plan.storage.run_folder)} here while training")
+    page.add_row("disk", f"{size(plan.storage.run_folder)} here while training")
     page.add_row(
         "",
-        f"{_size(plan.storage.external)} in the storage afterwards ({kept} and the champion's weights), "
-        f"{_size(plan.storage.external_peak)} while DVC pushes",
+        f"{size(plan.storage.external)} in the storage afterwards ({kept} and the champion's weights), "
+        f"{size(plan.storage.external_peak)} while DVC pushes",
     )
     if plan.storage.token_cache:
-        page.add_row("", f"{_size(plan.storage.token_cache)} here for the token cache")
+        page.add_row("", f"{size(plan.storage.token_cache)} here for the token cache")
     return page
 
 
@@ -139,7 +139,7 @@ def _memory_table(plan: Plan) -> Table:
     for precision in plan.memory:
         table.add_column(precision, justify="right")
     for part, label in _MEMORY.items():
-        table.add_row(label, *(_size(parts[part]) if parts[part] else "" for parts in plan.memory.values()))
+        table.add_row(label, *(size(parts[part]) if parts[part] else "" for parts in plan.memory.values()))
     return table
 
 
@@ -154,8 +154,8 @@ def _gpu_table(plan: Plan) -> Table:
             f"{rent.peak_tflops:,.0f} {rent.precision}",
             f"{rent.memory_gb} GB",
             f"{rent.micro_batch:,}" if rent.micro_batch else "no",
-            _rounded(rent.tokens_per_s),
-            _duration(rent.hours * 3600),
+            rounded(rent.tokens_per_s),
+            duration(rent.hours * 3600),
             f"{rent.usd_per_hour:.2f}",
             f"{rent.usd:,.2f}",
         )
@@ -175,7 +175,7 @@ def _print_table(console: Console, title: str, table: Table, note: str) -> None:
 
 def _big(number: float) -> str:
     """Three digits and a word."""
-    for size, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
-        if number >= size:
-            return f"{number / size:.3g}{word}"
+    for unit, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
+        if number >= unit:
+            return f"{number / unit:.3g}{word}"
     return f"{number:,.0f}"

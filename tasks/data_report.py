@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from model.config import Experiment, RunConfig
 from model.errors import Stopped, UserError
-from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.stream.manifest import DataFile, DatasetManifest
 from model.stream.packing import OddRows
@@ -24,7 +23,7 @@ from model.stream.resolve import resolve
 from model.stream.source import DamagedFile, changed, describe, filesystem, is_url, open_parquet, patiently
 from model.stream.split import PARTS, Part, names_of
 from model.training.journal import read_current
-from tasks.build_config import resolved
+from tasks.build_config import built, is_of_same_data, resolved
 from tasks.length_plot import draw_lengths
 from tasks.project import Project
 
@@ -38,8 +37,6 @@ _ANSWER_S = 5.0
 """A URL answers in this time, or the report ends."""
 _HEAD, _TAIL = 600, 200
 """Characters shown of a long text's beginning and end."""
-_NOT_DECIDING = {"revision", "max_length", "buffer_size", "lanes", "cache"}
-"""Fields of the data config that do not decide what a manifest says. (The revision is compared by itself.)"""
 
 
 @dataclass(frozen=True)
@@ -164,9 +161,9 @@ def data_report(project: Project, name: str, show: int) -> DataReport:
         Stopped: a URL stopped answering.
     """
     experiment, folder = project.experiment(name), project.run_folder(name)
-    data, config = experiment.data, _built_config(folder)
+    data, config = experiment.data, built(folder)
     manifest = _built_manifest(experiment, folder, config)
-    built = manifest is not None
+    was_built = manifest is not None
     if manifest is None:
         with contextlib.chdir(project.root):  # where build-config looks for a relative data.path
             manifest = resolve(data, experiment.seed, project.storage_folder(experiment) or project.root / "storage")
@@ -182,7 +179,7 @@ def data_report(project: Project, name: str, show: int) -> DataReport:
         path=data.path,
         location=_location(manifest.files[0]),
         revision=manifest.revision,
-        built=built,
+        built=was_built,
         files=len(manifest.files),
         bytes=sum(file.size for file in manifest.files),
         left_out=[*manifest.left_out, *sample.left_out],
@@ -204,21 +201,9 @@ def data_report(project: Project, name: str, show: int) -> DataReport:
     )
 
 
-def _built_config(folder: RunFolder) -> RunConfig | None:
-    """What build-config wrote last, if this code can read it."""
-    with contextlib.suppress(UserError):
-        if folder.config.exists():
-            return validated(RunConfig, read_yaml(folder.config), folder.config.name)
-    return None
-
-
 def _built_manifest(experiment: Experiment, folder: RunFolder, config: RunConfig | None) -> DatasetManifest | None:
     """The manifest that build-config wrote, if it was for this data; to find that out nothing of the data is read."""
-    if config is None or config.seed != experiment.seed:
-        return None
-    if config.data.model_dump(exclude=_NOT_DECIDING) != experiment.data.model_dump(exclude=_NOT_DECIDING):
-        return None
-    if experiment.data.revision not in (None, config.data.revision):
+    if config is None or not is_of_same_data(config, experiment):
         return None
     with contextlib.suppress(UserError):
         manifest = DatasetManifest.read(folder.dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -13,15 +12,13 @@ from model.config import Experiment, RunConfig
 from model.errors import UserError
 from model.flops import flops_per_token, parameters_by_kind, peak_flops
 from model.memory import Memory, checkpoint_size, training_memory
-from model.params import merge, read_yaml, validated
-from model.run_folder import RunFolder
+from model.params import merge
+from tasks.build_config import built, expected_steps, is_of_same_data
 from tasks.gpu_offers import PRICES_AS_OF, Offer, chosen_offers
 from tasks.project import Project
 
 TOKENS_PER_SAMPLE = 850
 """PleIAs/SYNTH's English samples have about so many; used until build-config has counted."""
-_NOT_DECIDING = {"revision", "max_length", "buffer_size", "lanes", "cache"}
-"""Fields of the data config that decide neither how many samples there are nor how long they are."""
 _USABLE = 0.92
 """Share of a GPU's memory that tensors can have; the rest is CUDA's own and what fragmentation costs."""
 _TOKENS_PER_STEP = 500_000
@@ -162,10 +159,12 @@ def plan(
     offers = chosen_offers(list(gpus), list(prices))
     experiment = project.with_overrides(name, merge(project.overrides(name), dict(changes)))
     model, training, window = experiment.model, experiment.training, experiment.data.max_length
-    built = _built(project.run_folder(name), experiment)
+    config = built(project.run_folder(name))
+    if config is not None and not is_of_same_data(config, experiment):
+        config = None
     global_batch = training.batch_size * training.gradient_accumulation
-    samples, length, estimated = _data(experiment, built)
-    all_epochs = math.ceil(training.num_epochs * samples * length / window / global_batch) if samples and length else None
+    samples, length, estimated = _data(experiment, config)
+    all_epochs = expected_steps(training, experiment.data, samples, length) if samples and length else None
     steps = min(each for each in (training.max_steps, all_epochs) if each is not None)
     parameters, per_step = parameters_by_kind(model), global_batch * window
     tokens = Tokens(
@@ -215,22 +214,10 @@ def plan(
     return made
 
 
-def _built(folder: RunFolder, experiment: Experiment) -> RunConfig | None:
-    """What build-config wrote, if it was for the same data."""
-    with contextlib.suppress(UserError):
-        if folder.config.exists():
-            config = validated(RunConfig, read_yaml(folder.config), folder.config.name)
-            same_data = config.data.model_dump(exclude=_NOT_DECIDING) == experiment.data.model_dump(exclude=_NOT_DECIDING)
-            same_revision = experiment.data.revision in (None, config.data.revision)
-            if same_data and same_revision and config.seed == experiment.seed:
-                return config
-    return None
-
-
-def _data(experiment: Experiment, built: RunConfig | None) -> tuple[int | None, float | None, bool]:
+def _data(experiment: Experiment, config: RunConfig | None) -> tuple[int | None, float | None, bool]:
     """Samples trained on in an epoch, tokens of each, and whether both are guessed."""
-    if built is not None:
-        return built.dataset.train_samples, built.dataset.tokens_per_sample, False
+    if config is not None:
+        return config.dataset.train_samples, config.dataset.tokens_per_sample, False
     data = experiment.data
     if data.num_samples is not None:
         return round(data.num_samples * data.train_ratio), TOKENS_PER_SAMPLE, True
