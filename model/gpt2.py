@@ -7,33 +7,38 @@ K width of a head, V vocabulary. Parameter names are Hugging Face's without thei
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from model.config import ModelConfig
 
-LOSS_CHUNK = 512
+LOSS_CHUNK = {"cpu": 512, "cuda": 16_384}
 """Positions whose logits exist at once: 512 x 50,257 fp32 logits are 100 MB. Measured fastest on CPUs (docs/experiments.md)."""
+VOCABULARY_MULTIPLE = {"cuda": 128}
+"""Tensor cores want one: the head computes with columns of no probability beside the 50,257; the parameter has none of them."""
 
 
 class KeyValueCache:
     """Keys and values of the positions already seen, so that generating a token costs one position, not all of them."""
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.length = 0
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.keys: list[Tensor | None] = [None] * config.n_layer
+        self.values: list[Tensor | None] = [None] * config.n_layer
 
     def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the new positions; returns keys and values of all so far, BHSK."""
-        end = self.length + k_BHTK.shape[2]
-        self.keys[layer][:, :, self.length : end] = k_BHTK
-        self.values[layer][:, :, self.length : end] = v_BHTK
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        B, H, T, K = k_BHTK.shape
+        keys, values, end = self.keys[layer], self.values[layer], self.length + T
+        if keys is None or values is None:
+            keys = self.keys[layer] = k_BHTK.new_zeros((B, H, self.capacity, K))
+            values = self.values[layer] = v_BHTK.new_zeros((B, H, self.capacity, K))
+        keys[:, :, self.length : end] = k_BHTK
+        values[:, :, self.length : end] = v_BHTK
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -144,15 +149,10 @@ class GPT2(nn.Module):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum of the cross-entropies (nats) of predicting each target; the whole logits never exist at once."""
-        x_ND, targets_N = self.hidden(tokens_BT).flatten(0, 1), targets_BT.flatten()
-        if hasattr(F, "linear_cross_entropy"):  # torch 2.12 and later
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=LOSS_CHUNK)
-            return F.linear_cross_entropy(x_ND, self.wte.weight, targets_N, reduction="sum", options=options)
-        parts = [
-            recompute(_chunk_loss, x, self.wte.weight, targets, use_reentrant=False)
-            for x, targets in zip(x_ND.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True)
-        ]
-        return torch.stack(parts).sum()
+        x_ND, device = self.hidden(tokens_BT).flatten(0, 1), tokens_BT.device.type
+        if torch.is_autocast_enabled(device):
+            x_ND = x_ND.to(torch.get_autocast_dtype(device))
+        return SummedCrossEntropy.apply(x_ND, self.wte.weight, targets_BT.flatten(), torch.is_grad_enabled())
 
     @torch.no_grad()
     def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None) -> Tensor:
@@ -161,16 +161,61 @@ class GPT2(nn.Module):
         x_ND, targets_N = self.hidden(tokens_BT)[wanted_BT], targets_BT[wanted_BT]
         parts = [
             F.cross_entropy(self.logits(x).float(), targets, reduction="none")
-            for x, targets in zip(x_ND.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True)
+            for x, targets in zip(x_ND.split(LOSS_CHUNK["cpu"]), targets_N.split(LOSS_CHUNK["cpu"]), strict=True)
         ]
         return torch.cat(parts)
 
 
-def _chunk_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x_ND, weight_VD).float(), targets_N, reduction="sum")
+def _loss_and_gradients(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the cross-entropies, and its gradients by `x_ND` and `weight_VD` (empty without), chunk by chunk: few logits exist at once."""
+    (N, D), V, chunk = x_ND.shape, len(weight_VD), LOSS_CHUNK.get(x_ND.device.type, 4096)
+    weight_VD = weight_VD.to(x_ND.dtype)
+    if missing := -V % VOCABULARY_MULTIPLE.get(x_ND.device.type, 1):
+        weight_VD = F.pad(weight_VD, (0, 0, 0, missing))
+    total, logits_NV = x_ND.new_zeros((), dtype=torch.float32), x_ND.new_empty(min(chunk, N), len(weight_VD))
+    grad_x_ND = x_ND.new_empty((N, D) if with_gradients else (0, D))
+    grad_weight_VD = torch.zeros(weight_VD.shape if with_gradients else (0, D), dtype=torch.float32, device=x_ND.device)
+    for start in range(0, N, chunk):
+        x, targets = x_ND[start : start + chunk], targets_N[start : start + chunk, None]
+        logits = torch.mm(x, weight_VD.T, out=logits_NV[: len(x)])
+        logits[:, V:] = -math.inf
+        correct, largest = logits.gather(1, targets).float(), logits.amax(1, keepdim=True).float()
+        softmax = torch.softmax(logits, 1, out=logits) if x.dtype == torch.float32 else torch.softmax(logits, 1, dtype=torch.float32)
+        total += (largest - softmax.amax(1, keepdim=True).log() - correct).sum()  # log-sum-exp, by way of the largest
+        if with_gradients:
+            grad_logits = softmax.scatter_(1, targets, softmax.gather(1, targets) - 1).to(x.dtype)
+            torch.mm(grad_logits, weight_VD, out=grad_x_ND[start : start + chunk])
+            if x.dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_logits.T, x)
+            else:
+                grad_weight_VD += grad_logits.T @ x
+    return total, grad_x_ND, grad_weight_VD[:V].contiguous()
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Trainable parameters of a network of this shape, without building it."""
-    D, block = config.n_embd, 12 * config.n_embd**2 + 13 * config.n_embd
-    return (config.vocab_size + config.context_length) * D + config.n_layer * block + 2 * D
+_compiled_as_is = torch.library.custom_op("gpt2::loss_and_gradients", _loss_and_gradients, mutates_args=())
+"""The same for CPUs: torch.compile makes it slower there, because it takes the sums over the chunks apart."""
+
+
+@_compiled_as_is.register_fake
+def _(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = slice(None) if with_gradients else slice(0)
+    total = x_ND.new_empty((), dtype=torch.float32)
+    return total, torch.empty_like(x_ND[rows]), torch.empty_like(weight_VD[rows], dtype=torch.float32)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy at once: the whole logits never exist, and the gradients wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, with_gradients: bool) -> Tensor:
+        """The sum over the positions, fp32 whatever the inputs are."""
+        head = _loss_and_gradients if x_ND.is_cuda else _compiled_as_is
+        total, grad_x_ND, grad_weight_VD = head(x_ND, weight_VD, targets_N, with_gradients)
+        ctx.save_for_backward(grad_x_ND, grad_weight_VD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """In place, because the head's gradient is as large as the head: a second backward pass raises RuntimeError."""
+        grad_x_ND, grad_weight_VD = ctx.saved_tensors
+        return grad_x_ND.mul_(grad_total), grad_weight_VD.mul_(grad_total), None, None

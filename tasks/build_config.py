@@ -5,20 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-
-from model.config import DataConfig, DatasetSummary, Experiment, RunConfig, TrainingConfig
+from model.config import DatasetSummary, Experiment, RunConfig
 from model.errors import UserError
-from model.params import read_yaml, validated, write_yaml
-from model.run_folder import RunFolder
+from model.params import write_yaml
 from model.stream.manifest import DatasetManifest
 from model.stream.resolve import resolve
+from tasks.built_config import expected_steps
 from tasks.project import Project
 from tasks.steps import run_step
-
-_NOT_DECIDING = {"revision", "max_length", "buffer_size", "lanes", "cache"}
-"""Fields of the data config that do not decide what a dataset manifest says. (The revision is compared by itself.)"""
 
 
 def build_config(project: Project, name: str) -> None:
@@ -45,26 +39,6 @@ def build_config(project: Project, name: str) -> None:
         f"{manifest.train_samples:,} to train on; {config.total_steps:,} steps of {config.global_batch} windows; "
         f"config {config.digest[:12]}"
     )
-
-
-def expected_steps(training: TrainingConfig, data: DataConfig, train_samples: int, tokens_per_sample: float) -> int:
-    """Steps of all epochs, by the mean length of a sample."""
-    windows = training.num_epochs * train_samples * tokens_per_sample / data.max_length
-    return math.ceil(windows / (training.batch_size * training.gradient_accumulation))
-
-
-def built(folder: RunFolder) -> RunConfig | None:
-    """The config that build-config wrote last, if there is one and this code can read it."""
-    with contextlib.suppress(UserError):
-        if folder.config.exists():
-            return validated(RunConfig, read_yaml(folder.config), folder.config.name)
-    return None
-
-
-def is_of_same_data(config: RunConfig, experiment: Experiment) -> bool:
-    """Whether what a resolved config says of its dataset holds for the experiment, too."""
-    same = config.data.model_dump(exclude=_NOT_DECIDING) == experiment.data.model_dump(exclude=_NOT_DECIDING)
-    return same and config.seed == experiment.seed and experiment.data.revision in (None, config.data.revision)
 
 
 def resolved(experiment: Experiment, manifest: DatasetManifest) -> RunConfig:

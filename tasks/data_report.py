@@ -23,7 +23,8 @@ from model.stream.resolve import resolve
 from model.stream.source import DamagedFile, changed, describe, filesystem, is_url, open_parquet, patiently
 from model.stream.split import PARTS, Part, names_of
 from model.training.journal import read_current
-from tasks.build_config import built, is_of_same_data, resolved
+from tasks.build_config import resolved
+from tasks.built_config import built, is_of_same_data
 from tasks.length_plot import draw_lengths
 from tasks.project import Project
 

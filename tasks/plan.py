@@ -13,7 +13,7 @@ from model.errors import UserError
 from model.flops import flops_per_token, parameters_by_kind, peak_flops
 from model.memory import Memory, checkpoint_size, training_memory
 from model.params import merge
-from tasks.build_config import built, expected_steps, is_of_same_data
+from tasks.built_config import built, expected_steps, is_of_same_data
 from tasks.gpu_offers import PRICES_AS_OF, Offer, chosen_offers
 from tasks.project import Project
 

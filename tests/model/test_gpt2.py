@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import gpt2
 from model.config import PRESETS, ModelConfig
-from model.gpt2 import GPT2, parameter_count
+from model.gpt2 import GPT2
 from model.huggingface import export, from_hugging_face, hugging_face_config, load_weights, save_weights, to_hugging_face
 from model.tokenizer import encode
 
@@ -34,17 +35,6 @@ def their_model(config):
 def test_the_124m_size_has_exactly_gpt2s_parameters():
     model = GPT2(ModelConfig(preset="small"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 124_439_808
-
-
-@pytest.mark.parametrize("preset", ["nano", "tiny"])
-def test_parameter_count_is_what_the_network_has(preset):
-    config = ModelConfig(preset=preset)
-    assert parameter_count(config) == sum(parameter.numel() for parameter in GPT2(config).parameters())
-
-
-@pytest.mark.parametrize(("preset", "millions"), [("small", 124), ("medium", 355), ("large", 774), ("xl", 1558)])
-def test_published_sizes(preset, millions):
-    assert parameter_count(ModelConfig(preset=preset)) / 1e6 == pytest.approx(millions, abs=0.5)
 
 
 def test_our_weights_give_their_model_equal_logits(tmp_path):
@@ -77,39 +67,98 @@ def test_a_missing_bias_would_show():
         assert (ours.logits(ours.hidden(x)) - before).abs().max() > 1e-3
 
 
-def test_loss_is_theirs():
+def test_loss_and_gradients_are_theirs():
     ours = noisy(GPT2(SMALL))
     theirs = their_model(SMALL)
     theirs.load_state_dict(to_hugging_face(ours.state_dict()), strict=False)
     theirs.tie_weights()
     x = tokens(SMALL)
-    loss = ours(x[:, :-1], x[:, 1:]) / x[:, 1:].numel()
-    assert abs(loss.item() - theirs(x, labels=x).loss.item()) < 1e-5
+    loss, found = gradients(ours, x)
+    their_loss = theirs(x, labels=x).loss
+    their_loss.backward()
+    assert abs(loss.item() - their_loss.item()) < 1e-5
     assert abs(loss.item() - ours.token_losses(x[:, :-1], x[:, 1:]).mean().item()) < 1e-5
+    expected = from_hugging_face({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * gradient.abs().max(), name
 
 
-def test_chunks_change_no_gradient(monkeypatch):
+def gradients(model, x, loss_of=None):
+    """Of the mean loss, beside it: as computed by the model, or by a function of it."""
+    model.zero_grad()
+    loss = (model if loss_of is None else loss_of)(x[:, :-1], x[:, 1:]) / x[:, 1:].numel()
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_equal(found, expected, tolerance):
+    assert found[0].dtype == torch.float32
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=tolerance)
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+def whole_logits(model):
+    def loss(tokens_BT, targets_BT):
+        logits = model.logits(model.hidden(tokens_BT)).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, targets_BT.flatten(), reduction="sum")
+
+    return loss
+
+
+@pytest.mark.parametrize(("chunk", "multiple"), [(512, 1), (300, 1), (512, 128)], ids=["as it is", "other chunks", "padded vocabulary"])
+def test_loss_and_gradients_are_those_of_the_whole_logits(monkeypatch, chunk, multiple):
+    monkeypatch.setattr(gpt2, "LOSS_CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(gpt2, "VOCABULARY_MULTIPLE", {"cpu": multiple})
     model = noisy(GPT2(SMALL))
     x = tokens(SMALL, batch=8, length=120)
+    assert_equal(gradients(model, x), gradients(model, x, whole_logits(model)), 1e-5)
 
-    def gradients():
-        model.zero_grad()
-        model(x[:, :-1], x[:, 1:]).backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    chunked = gradients()
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
-        fallback = gradients()
+def test_a_loss_that_softmax_cannot_hold_is_right():
+    """exp(-200) is 0 in fp32: the loss may not be read off the probabilities."""
+    model = GPT2(SMALL)
+    with torch.no_grad():
+        model.ln_f.weight.mul_(1000)
+    x = tokens(SMALL)
+    expected = whole_logits(model)(x[:, :-1], x[:, 1:])
+    assert expected / x[:, 1:].numel() > 100
+    assert model(x[:, :-1], x[:, 1:]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    model = noisy(GPT2(SMALL))
+    x = tokens(SMALL)
+    with torch.no_grad():
+        loss = model(x[:, :-1], x[:, 1:])
+    assert not loss.requires_grad
+    assert loss.item() == model(x[:, :-1], x[:, 1:]).item()
+
+
+def test_bf16_autocast_keeps_the_loss_and_the_gradients_in_fp32():
+    model = GPT2(SMALL)
+    x = tokens(SMALL)
+    exact = gradients(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = gradients(model, x)
+    assert_equal(rounded, exact, 3e-2)
+    assert rounded[0] != exact[0]
+    assert all(gradient.dtype == torch.float32 for gradient in rounded[1].values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_whole_model_compiles_into_one_graph(dropout):
+    """`fullgraph` refuses a graph break; "aot_eager" is torch.compile without the C++ compiler."""
+    model = noisy(GPT2(SMALL.model_copy(update={"dropout": dropout}))).train()
+    x = tokens(SMALL)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if dropout:
+        torch.manual_seed(3)
+        found = gradients(model, x, compiled)
+        torch.manual_seed(4)
+        assert gradients(model, x, compiled)[0] != found[0]
     else:
-        fallback = chunked
-    whole = torch.nn.functional.cross_entropy
-    model.zero_grad()
-    whole(model.logits(model.hidden(x[:, :-1])).flatten(0, 1), x[:, 1:].flatten(), reduction="sum").backward()
-    for name, parameter in model.named_parameters():
-        scale = parameter.grad.abs().max()
-        assert (chunked[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
-        assert (fallback[name] - parameter.grad).abs().max() <= 1e-4 * scale, name
+        assert_equal(gradients(model, x, compiled), gradients(model, x), 1e-5)
 
 
 def test_the_seed_decides_the_initial_weights_and_nothing_else_does():
