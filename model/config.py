@@ -175,7 +175,8 @@ class TrainingConfig(Section):
     max_steps: PositiveInt | None = None
     """Stop after so many steps even if epochs are left; null: train all epochs."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW (Loshchilov & Hutter 2019), fused. muon: Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest."""
+    """adamw: AdamW (Loshchilov & Hutter 2019), fused. muon: Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest;
+    slow on CPUs without bf16 instructions."""
     learning_rate: Annotated[Float, Field(gt=0)] = 3e-4
     """Peak rate, reached after the warm-up."""
     embedding_learning_rate: Annotated[Float, Field(gt=0)] | None = None

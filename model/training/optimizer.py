@@ -1,22 +1,46 @@
-"""AdamW over three groups of parameters, and its state as named tensors."""
+"""AdamW, or Muon and AdamW, over groups of parameters; and their state as named tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.config import TrainingConfig
+from model.errors import UserError
 from model.gpt2 import GPT2
 
 EMBEDDINGS = ("wte.weight", "wpe.weight")
 
 
-def build_optimizer(model: GPT2, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW for the network: embeddings (own rate), matrices (decayed), biases and LayerNorms (not decayed).
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimizers, driven as one: each updates its own groups, and all groups and all state are this one's."""
 
-    Each group carries its `peak_learning_rate`; `set_learning_rate` scales all of them.
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self._parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of each part; there is no closure."""
+        assert closure is None
+        for part in self._parts:
+            part.step()
+
+
+def build_optimizer(model: GPT2, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer over three groups: embeddings (own rate), the blocks' matrices (own rate), biases and LayerNorms (not decayed).
+
+    `adamw` updates all of them with fused AdamW (Loshchilov & Hutter 2019). `muon` updates the matrices with Muon (Jordan et al. 2024),
+    scaled so that an update is as large as AdamW's at the same rate (Liu et al. 2025, "Muon is Scalable for LLM Training"), the rest with
+    AdamW. Each group carries its `peak_learning_rate`; `set_learning_rate` scales all of them.
+
+    Raises:
+        UserError: `muon` with a torch that has none (before 2.9).
     """
     named = dict(model.named_parameters())
     embeddings = [named[name] for name in EMBEDDINGS]
@@ -24,14 +48,23 @@ def build_optimizer(model: GPT2, config: TrainingConfig) -> torch.optim.Optimize
     vectors = [parameter for parameter in named.values() if parameter.dim() < 2]
     grouped = [*embeddings, *matrices, *vectors]
     assert len({id(parameter) for parameter in grouped}) == len(grouped) == len(named), "each parameter in exactly one group"
-    groups = [
-        {"params": embeddings, "weight_decay": config.weight_decay, "peak_learning_rate": config.embedding_learning_rate},
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    for group in groups:
-        group["peak_learning_rate"] = group.get("peak_learning_rate") or config.learning_rate
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
+    for_embeddings = _group(embeddings, config.embedding_learning_rate or config.learning_rate, config.weight_decay)
+    for_matrices = _group(matrices, config.matrix_learning_rate or config.learning_rate, config.weight_decay)
+    for_vectors = _group(vectors, config.learning_rate, 0.0)
+    if config.optimizer == "adamw":
+        return _adamw([for_embeddings, for_matrices, for_vectors], config)
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"training.optimizer: torch {torch.__version__} has no Muon; install torch 2.9 or later, or choose adamw")
+    muon = torch.optim.Muon([for_matrices], adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(_adamw([for_embeddings, for_vectors], config), muon)
+
+
+def _group(parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": learning_rate, "peak_learning_rate": learning_rate, "weight_decay": weight_decay}
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -41,16 +74,19 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments by name, such as `exp_avg.h.0.attn.c_attn.weight`; on the CPU, sharing memory where they already are."""
+    """What the optimizer remembers by name, such as `exp_avg.h.0.attn.c_attn.weight`; on the CPU, sharing memory where it already is.
+
+    State that is distributed over ranks is gathered: all of them must call this.
+    """
     return {
-        f"{key}.{name}": value.detach().cpu()
+        f"{key}.{name}": _whole(value).detach().cpu()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
 
 
 def load_optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave.
+    """Put back what `optimizer_state` gave. Where parameters are distributed over ranks, all of them must call this, with the same state.
 
     Raises:
         ValueError: a parameter without its state, or state without its parameter.
@@ -60,8 +96,19 @@ def load_optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer, state: M
         key, _, name = full_name.partition(".")
         if name not in named:
             raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of this network")
-        device = "cpu" if key == "step" and named[name].device.type == "cpu" else named[name].device
-        optimizer.state[named[name]][key] = value.clone().to(device)
+        optimizer.state[named[name]][key] = _placed_like(value, named[name])
     without = [name for name, parameter in named.items() if not optimizer.state[parameter]]
     if without:
         raise ValueError(f"optimizer state is missing for {', '.join(without[:3])}")
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of `value` where the parameter is: on its device and, unless it is a lone number, distributed over the same ranks."""
+    copy = value.to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor) and copy.dim():
+        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
+    return copy

@@ -20,7 +20,7 @@ TASKS = ("build-config", "stream-and-train", "checkpoint-register", "evaluate-ea
 
 def test_everything_is_deployed(services: Services) -> None:
     deployments = services.ask("deployments/filter", {})
-    assert {deployment["name"] for deployment in deployments} == {"quickstart", "samples2m", "nightly"}
+    assert {deployment["name"] for deployment in deployments} == {"quickstart", "samples2m", "samples2m-muon", "nightly"}
     nightly = next(deployment for deployment in deployments if deployment["name"] == "nightly")
     assert [(schedule["schedule"]["cron"], schedule["active"]) for schedule in nightly["schedules"]] == [("0 3 * * *", True)]
 

@@ -33,7 +33,7 @@ def test_it_loads_and_takes_its_parameters(deployment: dict[str, Any], monkeypat
 
 def test_the_names_that_people_type() -> None:
     names = {f"{deployment['entrypoint'].partition(':')[2].replace('_', '-')}/{deployment['name']}" for deployment in DEPLOYMENTS}
-    assert names == {"train-gpt2/quickstart", "train-gpt2/samples2m", "re-evaluate/nightly"}
+    assert names == {"train-gpt2/quickstart", "train-gpt2/samples2m", "train-gpt2/samples2m-muon", "re-evaluate/nightly"}
 
 
 def test_the_nightly_run_has_its_schedule() -> None:

@@ -244,6 +244,21 @@ def test_cached_tokens_change_nothing(new_run, finished_run):
     assert odd[-1].keys() == {"empty_field", "not_utf8", "end_of_text", "lost"}
 
 
+def test_muon_interrupted_gives_equal_weights(new_run):
+    fields = {"training": {"optimizer": "muon", "embedding_learning_rate": 1e-2, "matrix_learning_rate": 1e-2, "max_steps": 20}}
+    whole, cut = new_run("whole", **fields), new_run("cut", **fields)
+    train(whole)
+    process = start_trainer(cut)
+    wait_for_step(cut, 7, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    train(cut)
+    assert final(cut) == final(whole)
+    losses = [e["loss"] for e in read_current(whole.journal) if e["event"] == "step"]
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_norms_are_recorded_when_asked_for_and_change_nothing(new_run, finished_run):
     folder = new_run("norms")
     process = start_trainer(
