@@ -57,7 +57,8 @@ class Engine:
             self._shard(hardware.compile)
         self.optimizer = build_optimizer(self.model, config.training)
         share = config.global_batch // ranks.size
-        self.micro_batch = min(share, micro_batch or self._micro_batch(hardware, share))
+        tried_out = micro_batch if hardware.micro_batch == "auto" else None
+        self.micro_batch = min(share, tried_out or self._micro_batch(hardware, share))
         self._network: Any = self.model
         if ranks.size > 1 and not self._sharded:
             self._network = DistributedDataParallel(self.model, gradient_as_bucket_view=True)

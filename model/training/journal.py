@@ -70,6 +70,19 @@ class Journal:
         self._file.close()
 
 
+class Silence:
+    """The journal of a rank that does not write."""
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Write nothing."""
+
+    def sync(self) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
 def _complete_lines(path: Path) -> tuple[int, list[Event]]:
     """Length in bytes of the whole lines at the start of the file, and their events. A kill can tear the last line only."""
     length, events = 0, []

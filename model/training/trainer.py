@@ -14,37 +14,33 @@ import json
 import math
 import os
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from model.background import wait_for
 from model.checkpoint.retention import retain
-from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore, name_of
+from model.checkpoint.store import MODEL, OPTIMIZER, Checkpoint, CheckpointStore, name_of
 from model.errors import Stopped
-from model.evaluation.likelihood import validation_loss
 from model.flops import flops_per_token, mfu, peak_flops
-from model.generation import answer
-from model.huggingface import read_weights, write_weights
+from model.huggingface import read_weights
 from model.run_folder import RunFolder
-from model.stream.batches import Batch, State, TrainingWindows, merged_state
+from model.stream.batches import Batch, State, TrainingWindows
 from model.stream.packing import OddRows
-from model.stream.validation import cached_validation_windows
-from model.tokenizer import decode
 from model.training.bad_steps import BadSteps, TooManyBadSteps
 from model.training.distributed import Ranks
 from model.training.engine import Engine
 from model.training.identity import code_identity, versions
-from model.training.journal import Journal, read_current
+from model.training.journal import Journal, Silence, read_current
 from model.training.norms import Norms
 from model.training.resume import rewind_after_spike, set_aside_other_configurations, starting_checkpoint
 from model.training.run import Machine, read_run
+from model.training.saving import Saver
 from model.training.schedule import learning_rate_factor
 from model.training.stop import StopRequest
+from model.training.validating import Validator
 
 _LOADER_THREADS = 4
 """At most, a rank. One tokenizes about 4 M tokens/s."""
@@ -64,7 +60,6 @@ class Trainer:
     def __init__(self, folder: RunFolder, machine: Machine, device: torch.device, ranks: Ranks, stop: StopRequest) -> None:
         self.folder, self.machine, self.device, self.ranks, self.stop = folder, machine, device, ranks, stop
         self.config, self.manifest = ranks.from_first(lambda: read_run(folder))
-        self.store = CheckpointStore(folder.checkpoints)
         start, messages = ranks.from_first(self._starting_point)
         state = start.state() if start is not None else {}
         self.engine = Engine(self.config, machine.hardware, device, ranks, state.get("micro_batches", {}).get(str(ranks.size)))
@@ -72,21 +67,22 @@ class Trainer:
         self.step, self.tokens = 0, 0
         self.stream_state: State | None = None
         self.odd_rows: OddRows | None = None
-        self.saved = start
         if start is not None:
             self._load(start)
             self.stream_state = state["stream"]
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.max_length)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
-        self.journal = Journal(folder.journal) if ranks.first else None
+        self.journal = Journal(folder.journal) if ranks.first else Silence()
+        self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, start)
+        self.validator = Validator(folder, self.config, self.manifest, self.engine, self.journal)
         self._record_start(start)
         for message in messages:
-            self._record("warning", step=self.step, kind="resume", message=message)
+            self.journal.append("warning", step=self.step, kind="resume", message=message)
         self.validated_steps = ranks.from_first(self._read_validated_steps)
 
     def _starting_point(self) -> tuple[Checkpoint | None, list[str]]:
-        self.store.sweep()
+        CheckpointStore(self.folder.checkpoints).sweep()
         aside = set_aside_other_configurations(self.folder, self.config)
         messages = [f"another configuration's checkpoints were moved to {aside}"] if aside else []
         return starting_checkpoint(self.folder, self.config, messages.append), messages
@@ -101,12 +97,8 @@ class Trainer:
         self.step, self.tokens = state["step"], state["tokens"]
         self.bad_steps.load(state["bad_steps"])
 
-    def _record(self, event: str, **fields: Any) -> None:
-        if self.journal is not None:
-            self.journal.append(event, **fields)
-
     def _record_start(self, start: Checkpoint | None, **more: Any) -> None:
-        self._record(
+        self.journal.append(
             "started",
             step=self.step,
             config_digest=self.config.digest,
@@ -133,8 +125,8 @@ class Trainer:
             TooManyBadSteps: training does not get better by going on.
         """
         training = self.config.training
-        self.validation = self.ranks.from_first(self._read_validation_windows)
-        if self.validation is None:
+        self.validator.windows = self.ranks.from_first(self._read_validation_windows)
+        if self.validator.windows is None:
             self._leave()
         windows = TrainingWindows(
             self.manifest,
@@ -178,16 +170,14 @@ class Trainer:
         try:
             return next(windows, None)
         except Stopped as fault:
-            if not self.stop:
-                self._record("warning", step=self.step, kind="stream", message=str(fault))
-            self.stop.ask(str(fault))
+            self._stop_for(fault)
             return None
 
     def _warn(self, windows: TrainingWindows) -> None:
         own = [windows.warnings.popleft() for _ in range(len(windows.warnings))]
         for messages in self.ranks.gather_objects(own):
             for message in messages:
-                self._record("warning", step=self.step, kind="stream", message=message)
+                self.journal.append("warning", step=self.step, kind="stream", message=message)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -209,7 +199,7 @@ class Trainer:
         try:
             verdict = self.bad_steps.judge(self.step + 1, loss, norm)
         except TooManyBadSteps as error:
-            self._record("warning", step=self.step, kind="bad step", message=str(error))
+            self.journal.append("warning", step=self.step, kind="bad step", message=str(error))
             raise
         self.stream_state, self.odd_rows = batch.state, batch.odd_rows
         if verdict == "rollback":
@@ -221,7 +211,7 @@ class Trainer:
         self.tokens += targets
         if verdict == "skip":
             engine.discard()
-            self._record("warning", step=self.step, kind="bad step", message=f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
+            self.journal.append("warning", step=self.step, kind="bad step", message=f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
         elif self._due(self.machine.journal.norms_every):
             before = Norms(engine.model)
             engine.update(factor)
@@ -231,7 +221,7 @@ class Trainer:
         if self._due(self.config.checkpoint.save_every_n_iterations):
             self.bad_steps.regular_checkpoint()
         seconds = time.perf_counter() - began
-        self._record(
+        self.journal.append(
             "step",
             step=self.step,
             epoch=epoch,
@@ -266,121 +256,49 @@ class Trainer:
         else:
             self._load(target)
         self.bad_steps.rolled_back(target.state()["bad_steps"] if target is not None else None)
-        self.saved = target
+        self.saver.saved = target
         self._record_start(target, rolled_back_from=spike)
         message = f"step {spike}: a gradient norm of {norm:.4g}; went back to step {self.step} and passed over the batches up to it"
-        self._record("warning", step=self.step, kind="bad step", message=message)
+        self.journal.append("warning", step=self.step, kind="bad step", message=message)
         self.validated_steps = {step for step in self.validated_steps if step <= self.step}
 
     def _read_validation_windows(self) -> np.ndarray | None:
-        """The validation windows; None when they could not be had before a stop."""
+        """None when they could not be had before a stop."""
         try:
-            return wait_for(self._validation_windows, lambda: Stopped(str(self.stop.reason)) if self.stop else None)
+            return wait_for(self.validator.read_windows, lambda: Stopped(str(self.stop.reason)) if self.stop else None)
         except Stopped as fault:
-            if not self.stop:
-                self._record("warning", step=self.step, kind="stream", message=str(fault))
-            self.stop.ask(str(fault))
+            self._stop_for(fault)
             return None
 
-    def _validation_windows(self) -> np.ndarray:
-        count = self.config.training.eval_iters * self.config.training.batch_size
-        return cached_validation_windows(self.folder.validation_windows, self.manifest, self.config.data, self.config.seed, count)
+    def _stop_for(self, fault: Stopped) -> None:
+        """A source does not answer, or somebody had asked for a stop before: this rank stops at the end of the step."""
+        if not self.stop:
+            self.journal.append("warning", step=self.step, kind="stream", message=str(fault))
+        self.stop.ask(str(fault))
 
     def _validate(self) -> None:
         """Every rank computes the same: some seconds, and no sum that depends on their number. Alone, a stop need not wait for its end."""
-        assert self.validation is not None
-
-        def should_stop() -> bool:
-            return self.ranks.size == 1 and bool(self.stop)
-
-        engine = self.engine
-        with engine.evaluating() as model:
-            result = validation_loss(model, self.validation, self.config.training.batch_size, should_stop, engine.autocast)
-            if result is None:
-                return
-            prompt = self._sample_prompt(self.validation[0])
-            text = answer(model, [prompt], max_new_tokens=48)[0]
-        loss, bits_per_byte = result
-        self.validated_steps.add(self.step)
-        self._record("validation", step=self.step, loss=loss, bits_per_byte=bits_per_byte, windows=len(self.validation))
-        self._record("sample", step=self.step, prompt=prompt, text=text)
-
-    def _sample_prompt(self, window: np.ndarray) -> str:
-        """The beginning of the first held-out document, up to where the network has something to say."""
-        text = decode(window.tolist())
-        literal = self.config.data.prompt_template.rpartition("}")[2]
-        end = text.find(literal) + len(literal) if literal and literal in text else 40
-        return text[: max(1, end)]
+        if self.validator.validate(self.step, lambda: self.ranks.size == 1 and bool(self.stop)):
+            self.validated_steps.add(self.step)
 
     def _save(self) -> Checkpoint | None:
-        """Seal a checkpoint, once a step. A disk that says no is reported and costs nothing but this checkpoint."""
-        if self.saved is not None and self.saved.step == self.step:
-            return self.saved
-        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
-        stream, odd_rows = self.stream_state, self.odd_rows
-        if stream is not None and odd_rows is not None:  # else nothing was read since the start: the state is the whole run's already
-            stream = merged_state(self.ranks.gather_objects(stream))
-            odd_rows = OddRows().plus(*self.ranks.gather_objects(odd_rows))
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "stream": stream,
-            "randomness": "seeded from (seed, step, micro-batch, rank) before each micro-batch",
-            "bad_steps": self.bad_steps.state,
-            "micro_batches": {str(self.ranks.size): self.engine.micro_batch},
-            "config": self.config.model_dump(mode="json"),
-            "config_digest": self.config.digest,
-            "versions": versions(),
-            "code": code_identity(),
-        }
-        self.saved = self.ranks.from_first(lambda: self._write(weights, optimizer, state, odd_rows)) or self.saved
-        return self.saved if self.saved is not None and self.saved.step == self.step else None
-
-    def _write(
-        self, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict[str, Any], odd_rows: OddRows | None
-    ) -> Checkpoint | None:
-        began = time.perf_counter()
-        try:
-            checkpoint = self.store.write(
-                self.step,
-                {
-                    MODEL: lambda path: write_weights(weights, path),
-                    OPTIMIZER: lambda path: save_file(optimizer, path),
-                    STATE: lambda path: _write_text(path, json.dumps(state, indent=1, sort_keys=True)),
-                },
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            self._record("warning", step=self.step, kind="checkpoint", message=f"{name_of(self.step)} was not written: {error}")
-            return None
-        self._record(
-            "checkpoint",
-            step=self.step,
-            name=checkpoint.name,
-            digest=checkpoint.digest,
-            model_sha256=checkpoint.model_sha256,
-            seconds=round(time.perf_counter() - began, 3),
-            odd_rows=odd_rows._asdict() if odd_rows else None,
-        )
-        assert self.journal is not None
-        self.journal.sync()
-        return checkpoint
+        return self.saver.save(self.step, self.tokens, self.stream_state, self.odd_rows, self.bad_steps)
 
     def _retain(self) -> None:
         if self.ranks.first:
-            retain(self.store, self.config.checkpoint, read_current(self.folder.journal), self.folder.scores)
+            retain(self.saver.store, self.config.checkpoint, read_current(self.folder.journal), self.folder.scores)
 
     def _leave(self) -> NoReturn:
         """Save and stop, because at least one rank was asked to."""
         reason = next(reason for reason in self.ranks.gather_objects(self.stop.reason) if reason is not None)
         checkpoint = self._save() if self.step else None
-        self._record("stopped", step=self.step, reason=reason, checkpoint=checkpoint.name if checkpoint else None)
+        self.journal.append("stopped", step=self.step, reason=reason, checkpoint=checkpoint.name if checkpoint else None)
         self._close()
         raise Stopped(f"stopped at step {self.step} ({reason}); the same command goes on from there")
 
     def _close(self) -> None:
         """The journal is whole before any rank leaves: the launcher ends all when one has gone."""
-        if self.journal is not None:
-            self.journal.close()
+        self.journal.close()
         self.ranks.gather()
 
     def _finish(self) -> None:
@@ -394,7 +312,7 @@ class Trainer:
         self._retain()
         if self.ranks.first:
             self._write_metrics()
-        self._record(
+        self.journal.append(
             "finished",
             step=self.step,
             tokens=self.tokens,
@@ -413,7 +331,7 @@ class Trainer:
             "validation_loss": last["validation"]["loss"],
             "validation_bits_per_byte": last["validation"]["bits_per_byte"],
         }
-        _write_text(self.folder.metrics, json.dumps(metrics, indent=1) + "\n")
+        self.folder.metrics.write_bytes(json.dumps(metrics, indent=1).encode() + b"\n")
 
 
 def _finite(number: float) -> float | None:
@@ -424,7 +342,3 @@ def _finite(number: float) -> float | None:
 def _loader_threads() -> int:
     """This rank's share of the machine's cores, but for one."""
     return min(_LOADER_THREADS, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_bytes(text.encode())

@@ -146,12 +146,14 @@ def test_a_dead_rank_ends_the_others_within_a_minute(new_run, victim):
     assert "killed by signal 9" in errors
     assert not any(rank.is_running() for rank in ranks)
     told = len(read_all(folder.journal))
-    again = start_trainer(folder, *with_ranks(2))
+    again = start_trainer(folder, *with_ranks(2, "--set", "hardware.micro_batch=1"))
     wait_for(again, lambda: len(read_all(folder.journal)) > told + 1)
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=60)
     last_saved = [event["step"] for event in read_all(folder.journal)[:told] if event["event"] == "checkpoint"][-1]
-    assert [event["step"] for event in read_all(folder.journal) if event["event"] == "started"] == [0, last_saved]
+    started = [event for event in read_all(folder.journal) if event["event"] == "started"]
+    assert [event["step"] for event in started] == [0, last_saved]
+    assert [event["micro_batch"] for event in started] == [4, 1], "what is asked for now counts"
 
 
 def test_ranks_that_cannot_share_the_work_are_one_line(new_run):
