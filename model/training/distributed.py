@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Result = TypeVar("Result")
 
@@ -35,11 +36,10 @@ class Ranks:
     Args:
         rank: which one it is.
         size: how many there are.
-        local: which one it is on its machine: the index of its GPU.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
-        self.rank, self.size, self.local = rank, size, local
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
 
     @property
     def first(self) -> bool:
@@ -104,7 +104,7 @@ def join(device: torch.device) -> Ranks:
         return Ranks()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE, device_id=device if device.type == "cuda" else None)
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -114,3 +114,16 @@ def own_device(device: torch.device) -> torch.device:
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(own)
     return own
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that is distributed over the ranks, all of it: every rank must call this then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of `value` where the parameter is: on its device and, unless it is a lone number, distributed over the same ranks."""
+    copy = value.to(parameter.device, copy=True)
+    if isinstance(parameter, DTensor) and copy.dim():
+        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
+    return copy

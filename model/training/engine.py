@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.config import HardwareConfig, RunConfig
 from model.digest import digest_of
 from model.errors import UserError
 from model.gpt2 import GPT2
-from model.training.distributed import Ranks
+from model.training.distributed import Ranks, placed_like, whole
 from model.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 
 _MEMORY_SHARE = 0.9
@@ -98,7 +98,7 @@ class Engine:
             if not empty:
                 total += loss.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._norm = whole(norm)
         loss_value, norm_value = self.ranks.sum([total, self._norm if self.ranks.first else torch.zeros_like(self._norm)])
         return loss_value, norm_value
 
@@ -173,7 +173,7 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights by name, on the CPU."""
-        return {name: _whole(parameter.detach()).cpu() for name, parameter in self.model.named_parameters()}
+        return {name: whole(parameter.detach()).cpu() for name, parameter in self.model.named_parameters()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimizer's state by name, whole, on the CPU."""
@@ -192,10 +192,7 @@ class Engine:
         for name, parameter in named.items():
             if weights[name].shape != parameter.shape:
                 raise ValueError(f"weights of another network: {name} is {list(weights[name].shape)}, not {list(parameter.shape)}")
-            value = weights[name].to(self.device)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+            parameter.copy_(placed_like(weights[name], parameter))
         self.optimizer = build_optimizer(self.model, self.config.training)
         if state:
             load_optimizer_state(self.model, self.optimizer, state)
@@ -203,10 +200,6 @@ class Engine:
     def load_initial(self) -> None:
         """Begin anew."""
         self.load(dict(GPT2(self.config.model, seed=self.config.seed).named_parameters()), {})
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:

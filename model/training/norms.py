@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from model.training.distributed import whole
 
 
 class Norms:
@@ -32,5 +33,4 @@ class Norms:
 
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     found = torch._foreach_norm(list(tensors.values()))
-    whole = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in found])
-    return dict(zip(tensors, whole.tolist(), strict=True))
+    return dict(zip(tensors, torch.stack([whole(norm) for norm in found]).tolist(), strict=True))

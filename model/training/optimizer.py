@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.config import TrainingConfig
 from model.errors import UserError
 from model.gpt2 import GPT2
+from model.training.distributed import placed_like, whole
 
 EMBEDDINGS = ("wte.weight", "wpe.weight")
 
@@ -79,7 +79,7 @@ def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, 
     State that is distributed over ranks is gathered: all of them must call this.
     """
     return {
-        f"{key}.{name}": _whole(value).detach().cpu()
+        f"{key}.{name}": whole(value).detach().cpu()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
@@ -96,19 +96,7 @@ def load_optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer, state: M
         key, _, name = full_name.partition(".")
         if name not in named:
             raise ValueError(f"optimizer state {full_name!r} belongs to no parameter of this network")
-        optimizer.state[named[name]][key] = _placed_like(value, named[name])
+        optimizer.state[named[name]][key] = placed_like(value, named[name])
     without = [name for name, parameter in named.items() if not optimizer.state[parameter]]
     if without:
         raise ValueError(f"optimizer state is missing for {', '.join(without[:3])}")
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of `value` where the parameter is: on its device and, unless it is a lone number, distributed over the same ranks."""
-    copy = value.to(parameter.device, copy=True)
-    if isinstance(parameter, DTensor) and copy.dim():
-        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
-    return copy
