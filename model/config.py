@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import string
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -220,6 +221,17 @@ class TrainingConfig(Section):
         return self
 
 
+class ForkOf(Section):
+    """The checkpoint of another experiment that this one begins with. Written by `gpt2 train NAME --fork NEW`."""
+
+    experiment: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+    """Whose it is."""
+    checkpoint: Annotated[str, Field(pattern=r"^step_\d{8}$")]
+    """Its name; the step that the fork goes on from."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Its digest."""
+
+
 class CheckpointConfig(Section):
     """When to save, what to keep, where to go on."""
 
@@ -227,8 +239,12 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. One is also written at the end, and when training is stopped."""
     keep_last: PositiveInt | None = 3
     """How many regular checkpoints stay, beside the best by validation loss and what the registry names; null: all."""
-    checkpoint_to_resume: Annotated[str, Field(pattern=r"^step_\d{8}$")] | None = None
-    """Go on from this one (`step_00001000`), setting later ones aside; null: from the newest whole one."""
+    checkpoint_to_resume: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Go on from this one, setting later ones aside: a name (`step_00001000`), a checkpoint's folder anywhere, or a registered version
+    (`models:/quickstart@champion`, `models:/quickstart/3`). It must be of the same configuration. null: from the newest whole one."""
+    fork_of: ForkOf | None = None
+    """Begin with this checkpoint of another experiment: its weights, its optimizer's state if the optimizer is the same, its place in the
+    data if the data are the same."""
 
 
 class EvaluationConfig(Section):
@@ -345,11 +361,44 @@ class RunConfig(Section):
         return self.training.batch_size * self.training.gradient_accumulation
 
     @property
-    def digest(self) -> str:
-        """The run's identity: SHA-256 of the canonical JSON.
+    def identity(self) -> dict[str, Any]:
+        """What training may not go on without: all that decides the weights after a step.
 
-        Without `checkpoint_to_resume` (where to go on is not what to train), without the data's place (`dataset.digest` names the data),
-        and without its cache.
+        Not in it: where the data lie (`dataset.digest` names them) and their cache; where to go on; how often to look and to save (unless
+        rollbacks go by it), what to keep; and how far to go: `max_steps` may change, although the schedule changes with it.
         """
-        place = {"checkpoint": {"checkpoint_to_resume"}, "data": {"path", "revision", "cache"}, "dataset": {"revision"}}
-        return digest_of(self.model_dump(mode="json", exclude=place))
+        left_out = {
+            "data": {"path", "revision", "cache"},
+            "dataset": {"revision"},
+            "training": {"max_steps", "eval_freq", "eval_iters"},
+            "checkpoint": {"checkpoint_to_resume", "keep_last"},
+            "total_steps": True,
+        }
+        fields = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+        if self.training.spike.action != "rollback":
+            del fields["checkpoint"]["save_every_n_iterations"]
+        return fields
+
+    @property
+    def digest(self) -> str:
+        """The run's identity: SHA-256 of the canonical JSON of `identity`."""
+        return digest_of(self.identity)
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """What keeps training from going on with `other`'s checkpoints, by name: `seed: 42, now 43` (other's value first)."""
+        ours, theirs = dict(_flat(self.identity)), dict(_flat(other.identity))
+        names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+        found = [f"{name}: {theirs.get(name)}, now {ours.get(name)}" for name in names if not name.startswith("dataset.")]
+        if self.dataset.digest != other.dataset.digest:
+            revisions = f"data.revision: {other.dataset.revision}, now {self.dataset.revision}; " if self.dataset.revision else ""
+            found.append(f"{revisions}the dataset: {other.dataset.digest[:12]}, now {self.dataset.digest[:12]}")
+        return found
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`training.batch_size`, 8: one pair a field."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

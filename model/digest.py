@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_SEAL = "sha256_of_the_above"
+
 
 def digest_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON value's canonical form: sorted keys, no spaces."""
@@ -17,3 +19,20 @@ def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(contents: dict[str, Any]) -> str:
+    """The JSON text of `contents`, which ends with a SHA-256 of them and has one spelling: no byte of it can rot unseen."""
+    return json.dumps({**contents, _SEAL: digest_of(contents)}, indent=1) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The contents that `sealed` was given.
+
+    Raises:
+        ValueError: a byte of it is not what was written.
+    """
+    contents = json.loads(text)
+    if not isinstance(contents, dict) or contents.pop(_SEAL, None) is None or sealed(contents) != text:
+        raise ValueError("its bytes are not the ones that were written")
+    return contents

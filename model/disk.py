@@ -1,8 +1,8 @@
 """The disk operations that durability hangs on, in one place: what a power cut must not undo goes through here.
 
-They are also where a test can kill the process. In a checkout (where `tests/` lies beside `model/`), `CRASH_AT=n` in the environment ends the
-process with SIGKILL at its n-th operation: a write is done by half, an fsync or a rename not at all. With `CRASH_COUNT=file` the number of
-operations is written to that file as they are counted, so that a test knows how many there are.
+They are also where a test can kill the process. In a checkout (where `tests/` lies beside `model/`), `CRASH_AT=n` in the environment ends
+the process with SIGKILL at its n-th operation: a write is done by half, an fsync or a rename not at all. With `CRASH_COUNT=file` the number
+of operations is written to that file as they are counted, so that a test knows how many there are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two ways a run can end that are not a bug, and the exit codes that scripts may rely on."""
+"""The ways a run can end that are not a bug, and the exit codes that scripts may rely on."""
 
 EXIT_FAULT = 1
 """Something broke: a bug, a disk, a server."""
@@ -18,3 +18,15 @@ class Stopped(Exception):
 
 class NoWholeCheckpoint(RuntimeError):
     """Checkpoints lie there, but none is whole; the message lists what was found. Never a reason to start at step 0."""
+
+
+class TooManyBadSteps(RuntimeError):
+    """Training does not get better by going on; the message is one line that says what was seen and what to try."""
+
+
+class SaidByFirst(Exception):
+    """What the first rank raised and says; the others end in the same way without a word."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error

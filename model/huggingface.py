@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ from model.config import ModelConfig, RunConfig
 from model.gpt2 import GPT2
 from model.tokenizer import END_OF_TEXT, vocabulary_files
 
+METADATA = {"format": "pt"}
+"""What `transformers` wants to read in the header of a safetensors file."""
+
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Hugging Face keeps OpenAI's Conv1D layout [in, out] for these; torch's Linear has [out, in]."""
 
 
-def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights by name as `GPT2LMHeadModel` names and lays them out (the tied head is not repeated)."""
-    return {f"transformer.{name}": (w.t().contiguous() if name.endswith(_TRANSPOSED) else w) for name, w in state.items()}
+def seen_by_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights by name as views that `GPT2LMHeadModel` names and lays out (the tied head is not repeated)."""
+    return {f"transformer.{name}": (w.t() if name.endswith(_TRANSPOSED) else w) for name, w in state.items()}
+
+
+def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, ready to be written."""
+    return {name: w.contiguous() for name, w in seen_by_hugging_face(state).items()}
 
 
 def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,19 +44,15 @@ def from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def write_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write model.safetensors from our weights by name, on the CPU. Equal weights give equal bytes."""
-    save_file(to_hugging_face(weights), path, metadata={"format": "pt"})
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Our weights by name from model.safetensors: ours, or any GPT-2 in Hugging Face's format."""
     return from_hugging_face(load_file(path))
 
 
 def save_weights(model: GPT2, path: Path) -> None:
-    """Write a network's model.safetensors."""
-    write_weights({name: weight.detach().cpu() for name, weight in model.state_dict().items()}, path)
+    """Write a network's model.safetensors. Equal weights give equal bytes."""
+    weights = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    save_file(to_hugging_face(weights), path, metadata=METADATA)
 
 
 def load_weights(model: GPT2, path: Path) -> None:

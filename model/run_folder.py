@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "registered.json"
 
     @property
+    def aliases(self) -> Path:
+        """What the registry's aliases name: `{"champion": digest}`; written by whoever asked MLflow last."""
+        return self.path / ".aliases.json"
+
+    @property
     def evaluation(self) -> Path:
         """Per-item scores, one folder an evaluation key (evaluate)."""
         return self.path / "evaluation"

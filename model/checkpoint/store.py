@@ -17,12 +17,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.digest import digest_of, file_sha256
+from safetensors import SafetensorError, safe_open
+
+from model import disk
+from model.digest import file_sha256, sealed, unsealed
 from model.errors import NoWholeCheckpoint
 
 MANIFEST = "manifest.json"
@@ -58,21 +62,41 @@ class Checkpoint:
         return step_of(self.name)
 
     def state(self) -> dict[str, Any]:
-        """The contents of state.json."""
-        return json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        """The contents of state.json.
+
+        Raises:
+            NotWhole: they are not a JSON object.
+        """
+        try:
+            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise NotWhole(f"{self.name}/{STATE} cannot be read: {error}") from None
+        if not isinstance(state, dict):
+            raise NotWhole(f"{self.name}/{STATE} is not the state of a training")
+        return state
 
     def verify(self) -> None:
         """Read every byte.
 
         Raises:
-            NotWhole: a file is missing, has another size or another digest, or does not belong there.
+            NotWhole: a file is missing, has another size or another digest, does not belong there, or is no safetensors file (whoever can
+                write a manifest can seal anything).
         """
         files = _manifest(self.path)
         if hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest() != self.digest:
             raise NotWhole(f"{self.name}/{MANIFEST} changed since it was opened")
-        for name, entry in files.items():
-            if file_sha256(self.path / name) != entry["sha256"]:
+        with ThreadPoolExecutor(len(files)) as threads:
+            found = threads.map(lambda name: _sha256(self.path / name), files)
+        for name, digest in zip(files, found, strict=True):
+            if digest != files[name]["sha256"]:
                 raise NotWhole(f"{self.name}/{name}: its bytes are not the ones that were written (SHA-256 differs)")
+        for name in (MODEL, OPTIMIZER):
+            try:
+                with safe_open(self.path / name, "numpy"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise NotWhole(f"{self.name}/{name} is not a safetensors file: {error}") from None
+        self.state()
 
 
 def name_of(step: int) -> str:
@@ -88,24 +112,26 @@ def step_of(name: str) -> int:
     return int(match[1])
 
 
-def _manifest_text(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The manifest of these files. It ends with a SHA-256 of its contents and has one spelling: no byte of it can rot unseen."""
-    contents = {"version": 1, "files": files}
-    return json.dumps({**contents, "sha256_of_the_above": digest_of(contents)}, indent=1) + "\n"
+def _sha256(path: Path) -> str:
+    """Of a file; a disk that cannot read it has not kept it."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return str(error)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The files by name, and the cheap half of the truth: they are all there and have the size it says."""
     try:
-        text = (folder / MANIFEST).read_bytes().decode()
-        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in json.loads(text)["files"].items()}
-        right = text == _manifest_text(files) and set(files) == set(FILES)
+        contents = unsealed((folder / MANIFEST).read_bytes().decode())
+        files = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in contents["files"].items()}
+        right = contents == _contents(files) and set(files) == set(FILES)
     except FileNotFoundError:
         raise NotWhole(f"{folder.name}/{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotWhole(f"{folder.name}/{MANIFEST} cannot be read: {error}") from None
     if not right:
-        raise NotWhole(f"{folder.name}/{MANIFEST}: its bytes are not the ones that were written")
+        raise NotWhole(f"{folder.name}/{MANIFEST} is not the manifest of a checkpoint")
     for name, entry in files.items():
         try:
             found = (folder / name).stat().st_size
@@ -114,6 +140,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if found != entry["size"]:
             raise NotWhole(f"{folder.name}/{name} has {found:,} bytes, not {entry['size']:,}")
     return files
+
+
+def _contents(files: Mapping[str, Any]) -> dict[str, Any]:
+    return {"version": 1, "files": files}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -174,21 +204,29 @@ class CheckpointStore:
             )
         return None
 
-    def write(self, step: int, write_files: Mapping[str, Callable[[Path], None]]) -> Checkpoint:
-        """Seal a new checkpoint. `write_files` maps each of FILES to a function that writes it to a path.
+    def write(
+        self,
+        step: int,
+        files: Mapping[str, Iterable[disk.Bytes]],
+        before_sealing: Callable[[], None] = lambda: None,
+        digest: str | None = None,
+    ) -> Checkpoint:
+        """Seal a new checkpoint from the pieces of each of FILES.
 
-        An equal step that is already sealed is left as it is and returned.
+        An equal step that is already sealed is left as it is and returned. `before_sealing` is called when all is on the disk, and may
+        raise: then there is no checkpoint. If a `digest` is given, the checkpoint must have it.
 
         Raises:
-            OSError, RuntimeError, safetensors.SafetensorError: the disk said no; nothing that counts was left behind.
+            OSError: the disk said no; nothing that counts was left behind.
+            NotWhole: it would have another digest.
         """
-        assert set(write_files) == set(FILES)
+        assert set(files) == set(FILES)
         place = self.folder / name_of(step)
         if place.exists():
             try:
-                sealed = open_checkpoint(place)
-                sealed.verify()
-                return sealed
+                there = open_checkpoint(place)
+                there.verify()
+                return there
             except NotWhole:
                 self.set_aside([place], self.folder.parent / "aside" / "damaged")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,36 +234,55 @@ class CheckpointStore:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            entries = {}
-            for name, write_file in write_files.items():
-                write_file(partial / name)
-                (partial / name).chmod(0o644)  # safetensors makes files that only their owner can read
-                _fsync(partial / name)
-                entries[name] = {"size": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}
-            (partial / MANIFEST).write_bytes(_manifest_text(entries).encode())
-            _fsync(partial / MANIFEST)
-            _fsync(partial)
-            os.rename(partial, place)
-            _fsync(self.folder)
+            entries = {name: _write(partial / name, pieces) for name, pieces in files.items()}
+            manifest = sealed(_contents(entries)).encode()
+            if digest not in (None, hashlib.sha256(manifest).hexdigest()):
+                raise NotWhole(f"{place.name}: its bytes are not the ones that were written (SHA-256 differs)")
+            _write(partial / MANIFEST, [manifest])
+            disk.fsync(partial)
+            before_sealing()
+            disk.rename(partial, place)
+            disk.fsync(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return open_checkpoint(place)
 
+    def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A copy of a checkpoint that lies elsewhere. What is in its place and is another one is set aside.
+
+        Raises:
+            NotWhole: its bytes are not the ones that were written.
+            OSError: the disk said no.
+        """
+        place = self.folder / checkpoint.name
+        if place.exists():
+            try:
+                there = open_checkpoint(place)
+                there.verify()
+                if there.digest == checkpoint.digest:
+                    return there
+            except NotWhole:
+                pass
+            self.set_aside([place], self.folder.parent / "aside" / "replaced")
+
+        return self.write(checkpoint.step, {name: _pieces(checkpoint.path / name) for name in FILES}, digest=checkpoint.digest)
+
     def retain(self, keep: Iterable[str]) -> list[str]:
-        """Delete the checkpoints not named in `keep`, and what a killed writer left; returns the names that went."""
+        """Delete the checkpoints not named in `keep`; returns the names that went."""
         kept = set(keep)
         gone = []
         for folder in self.folders():
             if folder.name not in kept:
                 doomed = folder.with_name(f".{folder.name}.doomed")
-                os.rename(folder, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+                disk.rename(folder, doomed)  # from now on it is not there, however far the deletion gets
+                shutil.rmtree(doomed, ignore_errors=True)
                 gone.append(folder.name)
-        self.sweep()
         return gone
 
     def sweep(self) -> None:
-        """Remove what a kill left half-written or half-deleted. Only the run's one writer may call this."""
+        """Remove what a kill left half-written or half-deleted. Only the run's one writer may call this, before it writes."""
         if self.folder.is_dir():
             for leftover in [*self.folder.glob(".step_*.partial"), *self.folder.glob(".step_*.doomed")]:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -239,15 +296,22 @@ class CheckpointStore:
             while target.exists():
                 n += 1
                 target = where / f"{folder.name}.{n}"
-            os.rename(folder, target)
+            disk.rename(folder, target)
 
 
-def _fsync(path: Path) -> None:
-    """Make a file or directory durable; a directory cannot be opened on Windows, where the rename is durable itself."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write(path: Path, pieces: Iterable[disk.Bytes]) -> dict[str, Any]:
+    """Write a file durably; its entry in the manifest. The digest is of what was meant to be written, not of what the disk made of it."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for piece in pieces:
+            digest.update(piece)
+            disk.write(file, piece)
+            size += len(piece)
+    disk.fsync(path)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(16 << 20):
+            yield piece

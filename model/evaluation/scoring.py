@@ -5,7 +5,8 @@ Two halves of the validation articles: one chooses the champion, the other repor
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import math
 import os
 import shutil
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from model import disk
 from model.checkpoint.store import Checkpoint
 from model.config import EvaluationConfig, RunConfig
-from model.digest import digest_of
+from model.digest import digest_of, sealed, unsealed
 from model.evaluation.likelihood import continuation_bits, validation_loss
 from model.evaluation.questions import Question, ask, make_questions, questions_digest
 from model.gpt2 import GPT2
@@ -128,10 +130,11 @@ def stored_scores(folder: Path, key: str) -> Scores | None:
     """What was scored under this key before; None if nothing whole is there."""
     place = folder / key[:24]
     try:
-        summary = json.loads((place / "summary.json").read_text(encoding="utf-8"))
-        if summary.pop("key") != key:
+        contents = unsealed((place / "summary.json").read_text(encoding="utf-8"))
+        items = (place / "items.parquet").read_bytes()
+        if contents["key"] != key or contents["items_sha256"] != hashlib.sha256(items).hexdigest():
             return None
-        return Scores(summary, pq.read_table(place / "items.parquet").to_pylist())
+        return Scores(contents["summary"], pq.read_table(pa.BufferReader(items)).to_pylist())
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 
@@ -143,12 +146,16 @@ def store_scores(folder: Path, key: str, scores: Scores) -> None:
     partial = folder / f".{key[:24]}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(scores.items), partial / "items.parquet")
-    (partial / "summary.json").write_text(json.dumps({"key": key, **scores.summary}, indent=1) + "\n", encoding="utf-8")
+    items = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(scores.items), items)
+    disk.write_file(partial / "items.parquet", items.getvalue())
+    contents = {"key": key, "items_sha256": hashlib.sha256(items.getvalue()).hexdigest(), "summary": scores.summary}
+    disk.write_file(partial / "summary.json", sealed(contents).encode())
     if place.exists():  # what lay there was not whole, or `stored_scores` would have found it
         shutil.rmtree(place)
     try:
-        os.rename(partial, place)
+        disk.rename(partial, place)
+        disk.fsync(folder)
     except OSError:
         if stored_scores(folder, key) is None:
             raise

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from model.digest import digest_of
+from model import disk
+from model.digest import digest_of, sealed, unsealed
 from model.errors import UserError
 
 
@@ -65,11 +64,9 @@ class DatasetManifest:
         return digest_of([[file.name, file.size, file.digest, file.rows, file.samples, file.text_bytes] for file in self.files])
 
     def write(self, path: Path) -> None:
-        """Write the manifest as JSON, in one move."""
+        """Write the manifest as JSON, sealed, in one move."""
         fields = {**asdict(self), "samples": self.samples, "train_samples": self.train_samples, "digest": self.digest}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        disk.write_file(path, sealed(fields).encode())
 
     @classmethod
     def read(cls, path: Path) -> DatasetManifest:
@@ -79,12 +76,9 @@ class DatasetManifest:
             UserError: not a dataset manifest, or changed since it was written.
         """
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = unsealed(path.read_text(encoding="utf-8"))
             files = [DataFile(**file) for file in fields["files"]]
             manifest = cls(fields["path"], fields["revision"], files, fields["tokens_per_sample"], fields["left_out"])
-            recorded = fields["digest"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a dataset manifest ({error!r}); run build-config again") from None
-        if recorded != manifest.digest:
-            raise UserError(f"{path}: changed since it was written; run build-config again")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: not the dataset manifest that build-config wrote ({error}); run build-config again") from None
         return manifest

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import filelock
 import numpy as np
 
+from model import disk
 from model.config import DataConfig
 from model.digest import digest_of
 from model.stream.manifest import DatasetManifest
@@ -61,7 +62,7 @@ class LaneCache:
         self._tokens, self._index = (folder / f"lane_{lane:03d}.{kind}" for kind in ("tokens", "index"))
         self._warn = warn
         self._lock = filelock.FileLock(folder / f"lane_{lane:03d}.lock")
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         self._records: dict[tuple[int, int], dict[str, int | str]] = {}
         self._end = 0
         """Where the last whole record ends."""
@@ -70,20 +71,26 @@ class LaneCache:
             self._read_index()
             with contextlib.suppress(filelock.Timeout):
                 self._lock.acquire(blocking=False)
-                self._file = self._tokens.open("ab")
+                self._file = self._tokens.open("ab", buffering=0)
                 self._file.truncate(self._end)
         except OSError as error:
             self._stop_writing(error)
 
     def _read_index(self) -> None:
         size = self._tokens.stat().st_size if self._tokens.exists() else 0
-        for line in self._index.read_bytes().splitlines() if self._index.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        lines = self._index.read_bytes().split(b"\n")[:-1] if self._index.exists() else []
+        unreadable = 0
+        for line in lines:
+            try:
                 record = json.loads(line)
                 end = record["offset"] + record["bytes"]
                 if end <= size:
                     self._records[record["file"], record["start"]] = record
                     self._end = max(self._end, end)
+            except (ValueError, KeyError, TypeError):
+                unreadable += 1
+        if unreadable or len(self._records) < len(lines):
+            self._warn(f"data.cache: {self._index.name} or {self._tokens.name} is damaged; what is not whole is made again")
 
     def read(self, block: Block) -> CachedBlock | None:
         """The documents of a block, or None if they are not here, or not as they were written."""
@@ -95,6 +102,7 @@ class LaneCache:
             data = np.asarray(np.memmap(self._tokens, np.uint8, "r", int(record["offset"]), (int(record["bytes"]),)))
         if _seal(block, data.data) != record.get("sha256"):
             del self._records[block.file, block.start]
+            self._warn(f"data.cache: a record of {self._tokens.name} is not as it was written; it is made again")
             return None
         return CachedBlock(data, len(block.order))
 
@@ -122,10 +130,9 @@ class LaneCache:
             "sha256": _seal(block, data),
         }
         try:
-            self._file.write(data)
-            self._file.flush()
-            with self._index.open("a", encoding="utf-8") as index:
-                index.write(json.dumps(record) + "\n")
+            disk.write(self._file, data)
+            with self._index.open("ab", buffering=0) as index:
+                disk.write(index, (json.dumps(record) + "\n").encode())
         except OSError as error:
             self._stop_writing(error)
             return

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import heapq
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from model import disk
 from model.config import DataConfig
 from model.digest import digest_of
 from model.errors import UserError
@@ -64,9 +64,8 @@ def cached_validation_windows(path: Path, manifest: DatasetManifest, data: DataC
             if file.metadata() == {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}:
                 return windows
     windows = validation_windows(manifest, data, seed, count)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({"windows": windows}, partial, {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()})
-    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # they are made again next time
+        disk.write_file(path, save({"windows": windows}, {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}))
     return windows
 
 

@@ -10,12 +10,9 @@ from collections import deque
 from typing import Any, Literal
 
 from model.config import TrainingConfig
+from model.errors import TooManyBadSteps
 
 Verdict = Literal["good", "skip", "rollback"]
-
-
-class TooManyBadSteps(RuntimeError):
-    """Training does not get better by going on; the message is one line that says what was seen and what to try."""
 
 
 class BadSteps:

@@ -16,18 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from model.errors import SaidByFirst
+
 Result = TypeVar("Result")
 
 _PATIENCE = datetime.timedelta(minutes=5)
 """How long a rank waits for a silent one: as long as the first may take to write a checkpoint. One that died is noticed at once."""
-
-
-class SaidByFirst(Exception):
-    """What the first rank raised and says; the others end in the same way without a word."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Ranks:

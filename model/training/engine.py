@@ -172,11 +172,11 @@ class Engine:
                     module.reshard()  # only a backward pass does it by itself
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole weights by name, on the CPU."""
-        return {name: whole(parameter.detach()).cpu() for name, parameter in self.model.named_parameters()}
+        """The parameters by name, where and as distributed as they are."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimizer's state by name, whole, on the CPU."""
+        """The optimizer's state by name, where and as distributed as it is."""
         return optimizer_state(self.model, self.optimizer)
 
     @torch.no_grad()

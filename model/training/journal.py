@@ -1,16 +1,18 @@
 """The journal: the trainer's append-only record, one JSON event a line. Everything shown anywhere comes from it.
 
-Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`:
+Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`; a line ends with `check`, a CRC-32 of what stands before it in
+the line, so that no flipped bit is taken for a figure:
 
     started     step, config_digest, resumed_from, total_steps, device, ranks, micro_batch, precision, parameters, flops_per_token,
-                versions, code; after a rollback also rolled_back_from
+                versions, code; after a rollback also rolled_back_from; of a fork forked_from
     step        step, epoch, loss (nats a token), learning_rate, gradient_norm (before clipping), skipped_steps (so far), tokens (so far),
                 tokens_per_s, step_time_s, data_wait_share (of that time); on a GPU mfu (of its dense peak) and peak_memory_gb (of the first
                 rank's); every `journal.norms_every` steps parameter_norm and update_norm, with `journal.per_layer` also layers: each
                 parameter's [gradient, parameter, update] norms
     validation  step, loss, bits_per_byte, windows
     sample      step, prompt, text
-    checkpoint  step, name, digest, model_sha256, seconds, odd_rows (see model/stream/packing.py)
+    checkpoint  step, name, digest, model_sha256, seconds (until it was durable), stall_s (of these, training waited), odd_rows (see
+                model/stream/packing.py); written when it is sealed, some steps later
     warning     step, kind, message
     stopped     step, reason, checkpoint
     finished    step, tokens, checkpoint, digest, model_sha256
@@ -18,60 +20,137 @@ Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model import disk
+
 Event = dict[str, Any]
+
+_CHECK = ', "check": "'
 
 
 class Journal:
-    """The writing end. One process writes; any number read."""
+    """The writing end. One process writes, from any of its threads; any number read.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.exists():
+    A disk that takes nothing stops no training: what could not be written is kept, and written as soon as that is possible.
+
+    Args:
+        path: the file. What a kill tore at its end is cut off; damaged lines are taken out, and the file as it was is kept beside
+            checkpoints that were set aside.
+        fence: called before each event; may raise.
+    """
+
+    def __init__(self, path: Path, fence: Callable[[], None] = lambda: None) -> None:
+        self.path, self._fence, self._lock = path, fence, threading.Lock()
+        self.damage: str | None = None
+        """What was found damaged, if anything was."""
+        lines = _lines(path)
+        events = [event for _, event in lines if event is not None]
+        damaged = [number for number, (_, event) in enumerate(lines, 1) if event is None]
+        if damaged:
+            self._take_out(b"".join(line for line, event in lines if event is not None), damaged)
+        elif path.exists():
             self._detach_links()
-            complete, events = _complete_lines(path)
-            self._seq = events[-1]["seq"] + 1 if events else 0
-            if complete < path.stat().st_size:
-                os.truncate(path, complete)
-        else:
-            self._seq = 0
-        self._file = path.open("a", encoding="utf-8")
+        self._seq = events[-1]["seq"] + 1 if events else 0
+        self._end = sum(len(line) for line, event in lines if event is not None)
+        self._unwritten: list[bytes] = []
+        self._failed: str | None = None
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(self._end)
+
+    def _take_out(self, whole: bytes, damaged: list[int]) -> None:
+        kept = self.path.parent / "aside" / "damaged"
+        kept.mkdir(parents=True, exist_ok=True)
+        target = kept / f"{self.path.stem}.{time.strftime('%Y%m%d-%H%M%S')}.{os.getpid()}{self.path.suffix}"
+        shutil.copyfile(self.path, target)
+        disk.write_file(self.path, whole)
+        some = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+        self.damage = f"{self.path.name}: {len(damaged)} damaged lines ({some}) were taken out; as it was it lies in {target}"
 
     def _detach_links(self) -> None:
         """DVC may have linked the file into its cache: appending would change the cached copy, too."""
         if self.path.is_symlink() or self.path.stat().st_nlink > 1 or not os.access(self.path, os.W_OK):
             copy = self.path.with_name(f".{self.path.name}.partial")
             shutil.copyfile(self.path, copy)
-            os.replace(copy, self.path)
+            disk.rename(copy, self.path)
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Write one event; it is in the operating system's hands when this returns."""
+        """Write one event; it is in the operating system's hands when this returns, unless the disk is full. Warnings are printed, too.
+
+        Raises:
+            UserError: the fence's.
+        """
+        with self._lock:
+            self._fence()
+            record = self._add(event, fields)
+            self._write()
+        if event == "warning":
+            print(f"warning: {fields['message']}", file=sys.stderr, flush=True)
+        return record
+
+    def _add(self, event: str, fields: dict[str, Any]) -> Event:
         record = {"seq": self._seq, "time": round(time.time(), 3), "event": event, **fields}
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._unwritten.append(_line(record))
         self._seq += 1
         return record
 
+    def _write(self) -> bool:
+        """Write what is not written yet; whether that went well. What was written by half is cut off again."""
+        if not self._unwritten:
+            return True
+        try:
+            disk.write(self._file, b"".join(self._unwritten))
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if not isinstance(error, OSError):
+                raise
+            if self._failed is None:
+                self._failed = f"{self.path.name} could not be written ({error.strerror or error}); its events were kept and came later"
+                print(f"warning: {self.path}: {error.strerror or error}; its events are kept until it can be written", file=sys.stderr)
+            return False
+        self._end += sum(map(len, self._unwritten))
+        self._unwritten.clear()
+        if self._failed is not None:
+            message, self._failed = self._failed, None
+            self._add("warning", {"step": 0, "kind": "journal", "message": message})
+            return self._write()
+        return True
+
     def sync(self) -> None:
-        """Make everything written durable."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make everything written durable.
+
+        Raises:
+            OSError: it is not.
+        """
+        with self._lock:
+            if not self._write():
+                raise OSError(f"{self.path} cannot be written")
+        disk.fsync(self.path)  # not under the lock: no step waits for it
 
     def close(self) -> None:
-        """Make it durable and let go of the file."""
-        self.sync()
+        """Make it durable and let go of the file. What the disk did not take to the end is told of on standard error."""
+        try:
+            self.sync()
+        except OSError as error:
+            print(f"warning: the last {len(self._unwritten)} events are not in the journal: {error}", file=sys.stderr, flush=True)
         self._file.close()
 
 
 class Silence:
     """The journal of a rank that does not write."""
+
+    damage = None
 
     def append(self, event: str, **fields: Any) -> None:
         """Write nothing."""
@@ -83,23 +162,35 @@ class Silence:
         """Nothing was opened."""
 
 
-def _complete_lines(path: Path) -> tuple[int, list[Event]]:
-    """Length in bytes of the whole lines at the start of the file, and their events. A kill can tear the last line only."""
-    length, events = 0, []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            break
-        length += len(line)
-    return length, events
+def _line(record: Event) -> bytes:
+    text = json.dumps(record, ensure_ascii=False)
+    return f'{text[:-1]}{_CHECK}{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def parse(line: bytes) -> Event | None:
+    """The event of one whole line, without its check; None if it is not the line that was written."""
+    try:
+        text, _, check = line.decode().rpartition(_CHECK)
+        text += "}"
+        if check != f'{zlib.crc32(text.encode()):08x}"}}\n':
+            return None
+        event: Event = json.loads(text)
+    except ValueError:
+        return None
+    return event
+
+
+def _lines(path: Path) -> list[tuple[bytes, Event | None]]:
+    """The lines and their events, None where one is damaged; without what a kill tore at the end. A missing file has none."""
+    if not path.exists():
+        return []
+    lines = (line + b"\n" for line in path.read_bytes().split(b"\n")[:-1])
+    return [(line, parse(line)) for line in lines]
 
 
 def read_all(path: Path) -> list[Event]:
-    """Every whole event, superseded ones included. A missing file is an empty journal."""
-    return _complete_lines(path)[1] if path.exists() else []
+    """Every event that is as it was written, superseded ones included. A missing file is an empty journal."""
+    return [event for _, event in _lines(path) if event is not None]
 
 
 def read_current(path: Path) -> list[Event]:

@@ -6,7 +6,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from filelock import FileLock, Timeout
 
 from model.errors import UserError
 
+Fence = Callable[[], None]
+"""Asked before something is written: raises a UserError once somebody else has taken over."""
+
+
+def no_fence() -> None:
+    """The fence of a process that shares its run with nobody."""
+
 
 @contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` meanwhile.
+def held(path: Path, what: str) -> Iterator[Fence]:
+    """Hold the lock file `path` meanwhile. Yields a fence: a holder that slept while its lock was lost (a network's file system forgets
+    those of machines it does not hear of; people remove files) must not write beside its successor.
 
     Raises:
         UserError: somebody else holds it; says who, since when, and for `what`.
@@ -27,19 +36,34 @@ def held(path: Path, what: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{what} is in use by another trainer ({_who(holder)}); wait for it, or stop it") from None
+    about = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": uuid.uuid4().hex}
+    text = json.dumps(about)
+
+    def fence() -> None:
+        if _read(holder) != text:
+            raise UserError(f"{what} was taken over by another trainer ({_who(holder)}); this one writes no more")
+
     try:
-        holder.write_text(json.dumps({"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}), encoding="utf-8")
-        yield
+        holder.write_text(text, encoding="utf-8")
+        yield fence
     finally:
-        holder.unlink(missing_ok=True)
+        if _read(holder) == text:
+            holder.unlink(missing_ok=True)
         lock.release()
+
+
+def _read(holder: Path) -> str | None:
+    try:
+        return holder.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _who(holder: Path) -> str:
     try:
-        about = json.loads(holder.read_text(encoding="utf-8"))
+        about = json.loads(_read(holder) or "")
         return f"process {about['pid']} since {about['since']}"
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return "it is just starting"
 
 

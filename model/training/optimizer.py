@@ -11,7 +11,7 @@ from torch import Tensor
 from model.config import TrainingConfig
 from model.errors import UserError
 from model.gpt2 import GPT2
-from model.training.distributed import placed_like, whole
+from model.training.distributed import placed_like
 
 EMBEDDINGS = ("wte.weight", "wpe.weight")
 
@@ -74,14 +74,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def optimizer_state(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer remembers by name, such as `exp_avg.h.0.attn.c_attn.weight`; on the CPU, sharing memory where it already is.
-
-    State that is distributed over ranks is gathered: all of them must call this.
-    """
+    """What the optimizer remembers by name, such as `exp_avg.h.0.attn.c_attn.weight`: its own tensors, where and as distributed as they
+    are."""
     return {
-        f"{key}.{name}": whole(value).detach().cpu()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        f"{key}.{name}": value.detach() for name, parameter in model.named_parameters() for key, value in optimizer.state[parameter].items()
     }
 
 

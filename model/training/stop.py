@@ -1,13 +1,19 @@
-"""Being asked to stop: signals set a flag, the loop looks at it, nothing is done inside a handler."""
+"""Being asked to stop: signals set a flag, the loop looks at it, nothing is done inside a handler.
+
+Only where nothing could be lost (before a process's first step: imports, compilation, reading) a request ends what is being done at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 
-from model.errors import EXIT_STOPPED
+from model.errors import EXIT_STOPPED, Stopped
 
 
 class StopRequest:
@@ -15,6 +21,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.interrupted = False
+        """Whether `Stopped` was raised for it, wherever that went: libraries wrap and swallow exceptions."""
+        self._interruptible = False
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -23,6 +32,22 @@ class StopRequest:
         """Ask for a stop; the first reason stays."""
         self.reason = self.reason or reason
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Meanwhile a request (made already, or by a signal) raises Stopped in the main thread, at once."""
+        self._interruptible = True
+        try:
+            if self:
+                self._interrupt()
+            yield
+        finally:
+            self._interruptible = False
+
+    def _interrupt(self) -> None:
+        self._interruptible = False
+        self.interrupted = True
+        raise Stopped(f"stopped ({self.reason}); the same command goes on")
+
     def on_signals(self) -> None:
         """SIGINT, SIGTERM (and Windows' Ctrl-Break) ask for a stop. A second SIGINT leaves at once: sealed checkpoints are whole."""
 
@@ -30,17 +55,36 @@ class StopRequest:
             if number == signal.SIGINT and self.reason == "SIGINT":
                 os._exit(EXIT_STOPPED)
             self.ask(signal.Signals(number).name)
+            if self._interruptible:
+                self._interrupt()
 
         for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), handle)
 
-    def on_parent_gone(self) -> None:
+    def on_input_closed(self) -> None:
         """Ask for a stop when standard input, a pipe that the parent holds open, closes."""
 
         def watch() -> None:
             while os.read(0, 4096):  # not sys.stdin: a thread inside its lock breaks the interpreter's exit
                 pass
-            self.ask("the process that started the trainer has gone")
+            self._parent_gone()
 
         threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+    def on_parent_gone(self) -> None:
+        """Ask for a stop when the process that started this one, a launcher of ranks, ends."""
+        import psutil
+
+        parent = psutil.Process().parent()
+
+        def watch() -> None:
+            while parent is not None and parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1.0)
+            self._parent_gone()
+
+        threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+    def _parent_gone(self) -> None:
+        self.ask("the process that started the trainer has gone")
+        signal.raise_signal(signal.SIGTERM)  # its handler runs in the main thread, which may be waiting for something

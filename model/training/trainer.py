@@ -14,28 +14,30 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from model import disk
 from model.background import wait_for
-from model.checkpoint.retention import retain
-from model.checkpoint.store import MODEL, OPTIMIZER, Checkpoint, CheckpointStore, name_of
-from model.errors import Stopped
+from model.checkpoint.store import MODEL, OPTIMIZER, Checkpoint, name_of
+from model.errors import Stopped, TooManyBadSteps
 from model.flops import flops_per_token, mfu, peak_flops
 from model.huggingface import read_weights
 from model.run_folder import RunFolder
 from model.stream.batches import Batch, State, TrainingWindows
 from model.stream.packing import OddRows
-from model.training.bad_steps import BadSteps, TooManyBadSteps
+from model.training.bad_steps import BadSteps
 from model.training.distributed import Ranks
 from model.training.engine import Engine
 from model.training.identity import code_identity, versions
 from model.training.journal import Journal, Silence, read_current
+from model.training.lock import Fence, no_fence
 from model.training.norms import Norms
-from model.training.resume import rewind_after_spike, set_aside_other_configurations, starting_checkpoint
+from model.training.resume import Start, find_start, rewind_after_spike
 from model.training.run import Machine, read_run
 from model.training.saving import Saver
 from model.training.schedule import learning_rate_factor
@@ -44,6 +46,9 @@ from model.training.validating import Validator
 
 _LOADER_THREADS = 4
 """At most, a rank. One tokenizes about 4 M tokens/s."""
+_LAST_SAVE_S = float(os.environ.get("GPT2_LAST_SAVE_S", "600"))
+"""How long a finished training tries to write its last checkpoint: somebody may make room on the disk."""
+_BETWEEN_TRIES_S = 1.0
 
 
 class Trainer:
@@ -55,45 +60,59 @@ class Trainer:
         device: this rank's own.
         ranks: who trains together.
         stop: asks this rank to stop.
+        fence: asked before anything is written.
+        named: where the checkpoint lies that `checkpoint_to_resume` or `fork_of` names, if not in this run.
     """
 
-    def __init__(self, folder: RunFolder, machine: Machine, device: torch.device, ranks: Ranks, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        machine: Machine,
+        device: torch.device,
+        ranks: Ranks,
+        stop: StopRequest,
+        fence: Fence = no_fence,
+        named: Path | None = None,
+    ) -> None:
         self.folder, self.machine, self.device, self.ranks, self.stop = folder, machine, device, ranks, stop
         self.config, self.manifest = ranks.from_first(lambda: read_run(folder))
-        start, messages = ranks.from_first(self._starting_point)
-        state = start.state() if start is not None else {}
+        start = ranks.from_first(lambda: find_start(folder, self.config, named))
+        state = start.checkpoint.state() if start.checkpoint is not None else {}
         self.engine = Engine(self.config, machine.hardware, device, ranks, state.get("micro_batches", {}).get(str(ranks.size)))
         self.bad_steps = BadSteps(self.config.training)
         self.step, self.tokens = 0, 0
         self.stream_state: State | None = None
         self.odd_rows: OddRows | None = None
-        if start is not None:
-            self._load(start)
-            self.stream_state = state["stream"]
+        if start.checkpoint is not None:
+            self._load(start.checkpoint, start.same_optimizer)
+            self.stream_state = state["stream"] if start.same_data else None
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.max_length)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
-        self.journal = Journal(folder.journal) if ranks.first else Silence()
-        self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, start)
+        self.journal = Journal(folder.journal, fence) if ranks.first else Silence()
+        own = start.checkpoint if start.fork is None else None
+        self.resumed_from = own.name if own is not None else None
+        self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, own, fence)
         self.validator = Validator(folder, self.config, self.manifest, self.engine, self.journal)
-        self._record_start(start)
-        for message in messages:
-            self.journal.append("warning", step=self.step, kind="resume", message=message)
-        self.validated_steps = ranks.from_first(self._read_validated_steps)
+        self._tell_start(start)
+        self.losses: dict[int, float] = ranks.from_first(self._read_losses)
+        if start.fork is not None:
+            self._save()
 
-    def _starting_point(self) -> tuple[Checkpoint | None, list[str]]:
-        CheckpointStore(self.folder.checkpoints).sweep()
-        aside = set_aside_other_configurations(self.folder, self.config)
-        messages = [f"another configuration's checkpoints were moved to {aside}"] if aside else []
-        return starting_checkpoint(self.folder, self.config, messages.append), messages
+    def _tell_start(self, start: Start) -> None:
+        fork = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
+        self._record_start(start.checkpoint if start.fork is None else None, **fork)
+        for kind, message in start.messages + ([("journal", self.journal.damage)] if self.journal.damage else []):
+            self.journal.append("warning", step=self.step, kind=kind, message=message)
 
-    def _read_validated_steps(self) -> set[int]:
-        return {event["step"] for event in read_current(self.folder.journal) if event["event"] == "validation"}
+    def _read_losses(self) -> dict[int, float]:
+        """On the validation windows, by step."""
+        return {event["step"]: event["loss"] for event in read_current(self.folder.journal) if event["event"] == "validation"}
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _load(self, checkpoint: Checkpoint, with_optimizer: bool = True) -> None:
         """Weights, optimizer and counts. The stream's position is another matter."""
         state = checkpoint.state()
-        self.engine.load(read_weights(checkpoint.path / MODEL), load_file(checkpoint.path / OPTIMIZER))
+        self.engine.load(read_weights(checkpoint.path / MODEL), load_file(checkpoint.path / OPTIMIZER) if with_optimizer else {})
         self.step, self.tokens = state["step"], state["tokens"]
         self.bad_steps.load(state["bad_steps"])
 
@@ -124,6 +143,19 @@ class Trainer:
             Stopped: somebody asked; everything is saved.
             TooManyBadSteps: training does not get better by going on.
         """
+        try:
+            with contextlib.ExitStack() as warming_up:
+                if self.ranks.size == 1:  # ranks must agree on when to leave
+                    warming_up.enter_context(self.stop.interruptible())
+                self._train(warming_up)
+        except Exception:
+            if not self.stop.interrupted:
+                raise
+            self._tell_stopped(self.resumed_from)
+        finally:
+            self.saver.close()
+
+    def _train(self, warming_up: contextlib.ExitStack) -> None:
         training = self.config.training
         self.validator.windows = self.ranks.from_first(self._read_validation_windows)
         if self.validator.windows is None:
@@ -158,11 +190,15 @@ class Trainer:
                 if batch is None or not any(counts):
                     break
                 self._train_step(batch, list(counts), min(epochs), began, waited)
-                if self._due(self.config.checkpoint.save_every_n_iterations):
+                warming_up.close()  # from now on there is something to save
+                save = self._due(self.config.checkpoint.save_every_n_iterations)
+                if save:
                     self._save()
                 if self._validation_due():
                     self._validate()
-                    self._retain()
+                if save:
+                    self.saver.retain(self.losses)
+        warming_up.close()
         self._finish()
 
     def _next(self, windows: TrainingWindows) -> Batch | None:
@@ -184,7 +220,7 @@ class Trainer:
 
     def _validation_due(self) -> bool:
         due = self._due(self.config.training.eval_freq) or self._due(self.config.checkpoint.save_every_n_iterations)
-        return due and self.step not in self.validated_steps
+        return due and self.step not in self.losses
 
     def _finished(self) -> bool:
         return self.config.training.max_steps is not None and self.step >= self.config.training.max_steps
@@ -249,18 +285,19 @@ class Trainer:
     def _roll_back(self, norm: float) -> None:
         """Go back to the weights of the last regular checkpoint, and on with the batches after this one."""
         spike = self.step + 1
-        target = self.ranks.from_first(lambda: rewind_after_spike(self.folder, self.step, self.config.checkpoint.save_every_n_iterations))
+        self.saver.wait()
+        target = self.ranks.from_first(lambda: rewind_after_spike(self.folder, self.config, self.step))
         if target is None:
             self.engine.load_initial()
             self.step, self.tokens = 0, 0
         else:
             self._load(target)
         self.bad_steps.rolled_back(target.state()["bad_steps"] if target is not None else None)
-        self.saver.saved = target
+        self.saver.went_back_to(target)
         self._record_start(target, rolled_back_from=spike)
         message = f"step {spike}: a gradient norm of {norm:.4g}; went back to step {self.step} and passed over the batches up to it"
         self.journal.append("warning", step=self.step, kind="bad step", message=message)
-        self.validated_steps = {step for step in self.validated_steps if step <= self.step}
+        self.losses = {step: loss for step, loss in self.losses.items() if step <= self.step}
 
     def _read_validation_windows(self) -> np.ndarray | None:
         """None when they could not be had before a stop."""
@@ -277,39 +314,43 @@ class Trainer:
         self.stop.ask(str(fault))
 
     def _validate(self) -> None:
-        """Every rank computes the same: some seconds, and no sum that depends on their number. Alone, a stop need not wait for its end."""
-        if self.validator.validate(self.step, lambda: self.ranks.size == 1 and bool(self.stop)):
-            self.validated_steps.add(self.step)
+        """Every rank computes the same: some seconds, and no sum that depends on their number. They stop it together, too."""
+        loss = self.validator.validate(self.step, lambda: any(stop for (stop,) in self.ranks.gather(bool(self.stop))))
+        if loss is not None:
+            self.losses[self.step] = loss
 
-    def _save(self) -> Checkpoint | None:
-        return self.saver.save(self.step, self.tokens, self.stream_state, self.odd_rows, self.bad_steps)
-
-    def _retain(self) -> None:
-        if self.ranks.first:
-            retain(self.saver.store, self.config.checkpoint, read_current(self.folder.journal), self.folder.scores)
+    def _save(self) -> None:
+        self.saver.save(self.step, self.tokens, self.stream_state, self.odd_rows, self.bad_steps)
 
     def _leave(self) -> NoReturn:
         """Save and stop, because at least one rank was asked to."""
-        reason = next(reason for reason in self.ranks.gather_objects(self.stop.reason) if reason is not None)
-        checkpoint = self._save() if self.step else None
-        self.journal.append("stopped", step=self.step, reason=reason, checkpoint=checkpoint.name if checkpoint else None)
+        self.stop.ask(next(reason for reason in self.ranks.gather_objects(self.stop.reason) if reason is not None))
+        checkpoint = None
+        if self.step:
+            self._save()
+            checkpoint = self.saver.wait()
+        self._tell_stopped(checkpoint.name if checkpoint is not None else None)
+
+    def _tell_stopped(self, checkpoint: str | None) -> NoReturn:
+        reason = self.stop.reason
+        self.journal.append("stopped", step=self.step, reason=reason, checkpoint=checkpoint)
         self._close()
-        raise Stopped(f"stopped at step {self.step} ({reason}); the same command goes on from there")
+        saved = "" if checkpoint or not self.step else ", which could not be saved"
+        raise Stopped(f"stopped at step {self.step}{saved} ({reason}); the same command goes on from {checkpoint or 'the last checkpoint'}")
 
     def _close(self) -> None:
         """The journal is whole before any rank leaves: the launcher ends all when one has gone."""
+        self.saver.close()
         self.journal.close()
         self.ranks.gather()
 
     def _finish(self) -> None:
-        checkpoint = self._save()
-        if checkpoint is None:
-            raise RuntimeError(f"the last checkpoint, {name_of(self.step)}, could not be written; see {self.folder.journal}")
-        if self.step not in self.validated_steps:
+        checkpoint = self._last_checkpoint()
+        if self.step not in self.losses:
             self._validate()
-        if self.step not in self.validated_steps:
+        if self.step not in self.losses:
             self._leave()
-        self._retain()
+        self.saver.retain(self.losses)
         if self.ranks.first:
             self._write_metrics()
         self.journal.append(
@@ -322,6 +363,23 @@ class Trainer:
         )
         self._close()
 
+    def _last_checkpoint(self) -> Checkpoint:
+        """The checkpoint of the last step. Whoever trained for a week gets some minutes to make room on the disk.
+
+        Raises:
+            RuntimeError: it could not be written.
+        """
+        deadline = time.monotonic() + _LAST_SAVE_S
+        while True:
+            self._save()
+            checkpoint = self.saver.wait()
+            if checkpoint is not None:
+                return checkpoint
+            ((stop,), *_) = self.ranks.gather(bool(self.stop) or time.monotonic() > deadline)
+            if stop:
+                raise RuntimeError(f"the last checkpoint, {name_of(self.step)}, could not be written; see {self.folder.journal}")
+            time.sleep(_BETWEEN_TRIES_S)
+
     def _write_metrics(self) -> None:
         last = {event["event"]: event for event in read_current(self.folder.journal)}
         metrics = {
@@ -331,7 +389,7 @@ class Trainer:
             "validation_loss": last["validation"]["loss"],
             "validation_bits_per_byte": last["validation"]["bits_per_byte"],
         }
-        self.folder.metrics.write_bytes(json.dumps(metrics, indent=1).encode() + b"\n")
+        disk.write_file(self.folder.metrics, json.dumps(metrics, indent=1).encode() + b"\n")
 
 
 def _finite(number: float) -> float | None:

@@ -40,20 +40,20 @@ class Validator:
         count = self._config.training.eval_iters * self._config.training.batch_size
         return cached_validation_windows(self._folder.validation_windows, self._manifest, self._config.data, self._config.seed, count)
 
-    def validate(self, step: int, should_stop: Callable[[], bool]) -> bool:
-        """Tell the journal the loss after `step` steps, and a text; False if `should_stop` said so half-way."""
+    def validate(self, step: int, should_stop: Callable[[], bool]) -> float | None:
+        """Tell the journal the loss (nats a token) after `step` steps, and a text; returns the loss, None if `should_stop` said so."""
         assert self.windows is not None
         engine = self._engine
         with engine.evaluating() as model:
             result = validation_loss(model, self.windows, self._config.training.batch_size, should_stop, engine.autocast)
             if result is None:
-                return False
+                return None
             prompt = self._prompt(self.windows[0])
             text = answer(model, [prompt], max_new_tokens=_SAMPLE_TOKENS)[0]
         loss, bits_per_byte = result
         self._journal.append("validation", step=step, loss=loss, bits_per_byte=bits_per_byte, windows=len(self.windows))
         self._journal.append("sample", step=step, prompt=prompt, text=text)
-        return True
+        return loss
 
     def _prompt(self, window: np.ndarray) -> str:
         """The beginning of the first held-out document, up to where the network has something to say."""

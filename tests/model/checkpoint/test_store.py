@@ -1,10 +1,24 @@
 """Sealed checkpoints: complete, or not there at all."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
-from model.checkpoint.store import FILES, CheckpointStore, NotWhole, name_of, open_checkpoint, step_of
+from model.checkpoint.store import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointStore,
+    NotWhole,
+    name_of,
+    open_checkpoint,
+    step_of,
+)
 from model.errors import NoWholeCheckpoint
 
 
@@ -14,7 +28,8 @@ def store(tmp_path):
 
 
 def files(content="x"):
-    return {name: (lambda path, name=name: path.write_text(f"{name} {content}")) for name in FILES}
+    tensors = save({"x": np.frombuffer(content.encode(), np.uint8)})
+    return {MODEL: [tensors], OPTIMIZER: [tensors], STATE: [json.dumps({"content": content}).encode()]}
 
 
 def test_what_is_written_is_there_whole(store):
@@ -46,12 +61,12 @@ def test_a_damaged_one_in_the_way_is_put_aside(store, tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing_that_counts(store):
-    def full_disk(path):
-        path.write_text("half")
+    def full_disk():
+        yield b"half"
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        store.write(10, {**files(), FILES[1]: full_disk})
+        store.write(10, {**files(), OPTIMIZER: full_disk()})
     assert store.checkpoints() == []
     assert list(store.folder.iterdir()) == []
     store.write(10, files()).verify()
@@ -109,12 +124,14 @@ def test_none_whole_is_refused_and_none_at_all_is_none(store):
         store.newest_whole(lambda _: None)
 
 
-def test_retention_removes_the_others_and_what_a_kill_left(store):
+def test_retention_removes_the_others_and_a_sweep_what_a_kill_left(store):
     for step in (10, 20, 30):
         store.write(step, files())
     (store.folder / ".step_00000040.77.partial").mkdir()
     (store.folder / ".step_00000005.doomed").mkdir()
+    (store.folder / ".step_00000020.doomed").mkdir()
     assert store.retain(["step_00000030", "step_00000010"]) == ["step_00000020"]
+    store.sweep()
     assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000010", "step_00000030"]
 
 
@@ -123,3 +140,45 @@ def test_names():
     for name in ("step_1", "step_00000001x", "../step_00000001", ".step_00000001"):
         with pytest.raises(ValueError, match="not a checkpoint's name"):
             step_of(name)
+
+
+def test_what_may_not_be_sealed_is_not_there(store):
+    def taken_over():
+        raise ValueError("somebody else writes here")
+
+    with pytest.raises(ValueError, match="somebody else"):
+        store.write(10, files(), before_sealing=taken_over)
+    assert store.folders() == []
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_checkpoint_from_elsewhere_is_copied_and_keeps_its_digest(store, tmp_path):
+    other = CheckpointStore(tmp_path / "other").write(10, files("theirs"))
+    assert store.adopt(other).digest == other.digest
+    assert store.adopt(other).path.parent == store.folder
+    ours = CheckpointStore(tmp_path / "ours" / "checkpoints")
+    first = ours.write(10, files("ours"))
+    assert ours.adopt(other).digest == other.digest
+    assert open_checkpoint(tmp_path / "ours" / "aside" / "replaced" / "step_00000010").digest == first.digest
+
+
+def test_one_that_rotted_is_not_copied(store, tmp_path):
+    other = CheckpointStore(tmp_path / "other").write(10, files())
+    content = bytearray((other.path / MODEL).read_bytes())
+    content[-1] ^= 1
+    (other.path / MODEL).write_bytes(content)
+    with pytest.raises(NotWhole, match="not the ones that were written"):
+        store.adopt(other)
+    assert store.folders() == []
+
+
+def test_what_is_no_safetensors_file_is_not_whole_whatever_its_manifest_says(store):
+    for name in (MODEL, OPTIMIZER):
+        checkpoint = store.write(10, {**files(), name: [b"anything else"]})
+        with pytest.raises(NotWhole, match=f"step_00000010/{name} is not a safetensors file"):
+            checkpoint.verify()
+        store.retain([])
+    checkpoint = store.write(10, {**files(), STATE: [b"[1, 2]"]})
+    with pytest.raises(NotWhole, match="is not the state of a training"):
+        checkpoint.verify()
+    assert (checkpoint.path / MANIFEST).exists()

@@ -7,7 +7,8 @@ import pytest
 
 from model.checkpoint.store import CheckpointStore
 from model.config import SpikeConfig, TrainingConfig
-from model.training.bad_steps import BadSteps, TooManyBadSteps
+from model.errors import TooManyBadSteps
+from model.training.bad_steps import BadSteps
 from model.training.journal import read_all, read_current
 from tests.model.training.conftest import final, start_trainer, train
 from tests.model.training.test_trainer import consumed, wait_for_step

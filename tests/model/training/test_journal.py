@@ -1,9 +1,13 @@
 """The journal: append-only, readable while it is written, whole after a kill."""
 
-import json
 import os
+import random
+import resource
+import threading
 
-from model.training.journal import Journal, read_all, read_current
+import pytest
+
+from model.training.journal import Journal, parse, read_all, read_current
 
 
 def test_events_come_back_in_order_and_numbered(tmp_path):
@@ -53,7 +57,9 @@ def test_what_a_resume_takes_back_is_superseded(tmp_path):
 
 def test_never_writes_through_a_link(tmp_path):
     cached, path = tmp_path / "cached", tmp_path / "journal.jsonl"
-    cached.write_text(json.dumps({"seq": 0, "time": 0, "event": "started", "step": 0}) + "\n")
+    first = Journal(cached)
+    first.append("started", step=0)
+    first.close()
     before = cached.read_bytes()
     os.link(cached, path)
     journal = Journal(path)
@@ -67,3 +73,87 @@ def test_never_writes_through_a_link(tmp_path):
     journal.close()
     assert cached.read_bytes() == before
     assert len(read_all(path)) == 2
+
+
+def written(path, steps=8):
+    journal = Journal(path)
+    for step in range(steps):
+        journal.append("step", step=step, loss=step / 3, text="naïve")
+    journal.close()
+    return path.read_bytes()
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    content = written(tmp_path / "journal.jsonl", steps=3)
+    line = content.splitlines(keepends=True)[1]
+    assert parse(line)["step"] == 1
+    for position in range(len(line)):
+        for bit in range(8):
+            assert parse(line[:position] + bytes([line[position] ^ 1 << bit]) + line[position + 1 :]) is None
+
+
+def test_damaged_lines_are_taken_out_and_told_of(tmp_path):
+    path = tmp_path / "run" / "journal.jsonl"
+    path.parent.mkdir()
+    content = bytearray(written(path))
+    content[random.Random(1).randrange(len(content) // 3, len(content) // 2)] ^= 16
+    path.write_bytes(content)
+    whole = read_all(path)
+    assert 6 <= len(whole) < 8
+    journal = Journal(path)
+    assert "damaged lines" in journal.damage
+    journal.append("step", step=8)
+    journal.close()
+    assert [e["step"] for e in read_all(path)] == [*(e["step"] for e in whole), 8]
+    assert [e["seq"] for e in read_all(path)][-1] == 8
+    (kept,) = (path.parent / "aside" / "damaged").iterdir()
+    assert kept.read_bytes() == content
+    assert Journal(path).damage is None
+
+
+def test_a_disk_that_takes_nothing_costs_no_event(tmp_path, capsys):
+    """The limit on a file's size is the kernel's own way to refuse a write half-way."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.append("started", step=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 50, limits[1]))
+    try:
+        for step in range(1, 6):
+            journal.append("step", step=step)
+            assert [e["event"] for e in read_all(path)] == ["started"]
+        with pytest.raises(OSError, match="cannot be written"):
+            journal.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    journal.append("step", step=6)
+    journal.close()
+    events = read_all(path)
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [e["seq"] for e in events] == list(range(8))
+    assert events[-1]["message"].startswith("journal.jsonl could not be written")
+    assert capsys.readouterr().err.count("its events are kept") == 1
+
+
+def test_threads_write_whole_lines(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    threads = [threading.Thread(target=lambda n=n: [journal.append("step", step=s, thread=n) for s in range(100)]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    journal.close()
+    events = read_all(journal.path)
+    assert [e["seq"] for e in events] == list(range(400))
+    for number in range(4):
+        assert [e["step"] for e in events if e["thread"] == number] == list(range(100))
+
+
+def test_a_fence_keeps_an_event_out(tmp_path):
+    def taken_over():
+        raise ValueError("taken over")
+
+    journal = Journal(tmp_path / "journal.jsonl", taken_over)
+    with pytest.raises(ValueError, match="taken over"):
+        journal.append("step", step=1)
+    assert read_all(journal.path) == []
