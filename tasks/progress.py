@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.training.journal import Event
+from model.training.journal import Event, parse
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -97,4 +96,4 @@ class Progress:
             return []
         whole = written[: written.rfind(b"\n") + 1]
         self._position += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [event for line in whole.splitlines(keepends=True) if (event := parse(line)) is not None]

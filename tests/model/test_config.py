@@ -20,7 +20,9 @@ def test_the_digest_names_what_decides_the_result():
         {"dataset": {"digest": "e"}},
         {"model": {"dropout": 0.0}},
         {"data": {"filter": None}},
-        {"checkpoint": {"save_every_n_iterations": 7}},
+        {"training": {"num_epochs": 2}},
+        {"training": {"schedule": "constant"}},
+        {"checkpoint": {"fork_of": {"experiment": "parent", "checkpoint": "step_00000010", "digest": "0" * 64}}},
     ):
         assert run_config(**change).digest != digest, change
 
@@ -29,3 +31,31 @@ def test_where_data_lie_and_where_to_go_on_are_no_part_of_the_identity():
     digest = run_config().digest
     assert run_config(data={"path": "/elsewhere/SYNTH", "revision": "main"}).digest == digest
     assert run_config(checkpoint={"checkpoint_to_resume": "step_00000010"}).digest == digest
+
+
+def test_how_far_and_how_often_may_change():
+    for change in (
+        {"training": {"max_steps": 7}, "total_steps": 7},
+        {"training": {"eval_freq": 7, "eval_iters": 3}},
+        {"checkpoint": {"save_every_n_iterations": 7, "keep_last": None}},
+    ):
+        assert run_config(**change).digest == run_config().digest, change
+        assert run_config(**change).differences(run_config()) == []
+
+
+def test_the_interval_of_saving_decides_where_rollbacks_go():
+    rollback = {"training": {"spike": {"action": "rollback"}}}
+    every_seven = {**rollback, "checkpoint": {"save_every_n_iterations": 7}}
+    assert run_config(**rollback).digest != run_config(**every_seven).digest
+    assert run_config(**every_seven).differences(run_config(**rollback)) == ["checkpoint.save_every_n_iterations: 1000, now 7"]
+
+
+def test_differences_are_named():
+    before = run_config(dataset={"revision": "abc"})
+    now = run_config(seed=43, training={"batch_size": 3}, model={"n_layer": 2}, dataset={"digest": "e", "revision": "def"})
+    assert now.differences(before) == [
+        "seed: 42, now 43",
+        "model.n_layer: 12, now 2",
+        "training.batch_size: 8, now 3",
+        "data.revision: abc, now def; the dataset: d, now e",
+    ]

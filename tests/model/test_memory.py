@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.profiler import ProfilerActivity, profile
 
 from model import gpt2, memory
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, CheckpointStore
 from model.config import ModelConfig, TrainingConfig
 from model.gpt2 import GPT2
-from model.huggingface import save_weights
+from model.huggingface import METADATA, to_hugging_face
 from model.memory import activation_bytes, checkpoint_size, optimizer_bytes, training_memory
 from model.training.optimizer import build_optimizer, optimizer_state
 
@@ -123,9 +123,9 @@ def test_a_checkpoint_is_as_large_as_written(tmp_path: Path, name: Literal["adam
     written = CheckpointStore(tmp_path).write(
         1,
         {
-            MODEL: lambda path: save_weights(network, path),
-            OPTIMIZER: lambda path: save_file(optimizer_state(network, optimizer), path),
-            STATE: lambda path: path.write_bytes(b"{}") and None,
+            MODEL: [save(to_hugging_face(dict(network.named_parameters())), metadata=METADATA)],
+            OPTIMIZER: [save(optimizer_state(network, optimizer))],
+            STATE: [b"{}"],
         },
     )
     found = checkpoint_size(config, name)

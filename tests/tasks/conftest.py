@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
 from model.config import RunConfig
 from model.gpt2 import GPT2
-from model.huggingface import save_weights
+from model.huggingface import METADATA, to_hugging_face
 from model.params import write_yaml
 from tasks import tracking
 from tasks.project import Project
@@ -91,9 +91,9 @@ def write_checkpoint(project: Project, step: int) -> Checkpoint:
     return CheckpointStore(project.run_folder(NAME).checkpoints).write(
         step,
         {
-            MODEL: lambda path: save_weights(network, path),
-            OPTIMIZER: lambda path: save_file({"m": torch.zeros(1)}, path),
-            STATE: lambda path: path.write_bytes(json.dumps(state).encode()) and None,
+            MODEL: [save(to_hugging_face(dict(network.named_parameters())), metadata=METADATA)],
+            OPTIMIZER: [save({"m": torch.zeros(1)})],
+            STATE: [json.dumps(state).encode()],
         },
     )
 
