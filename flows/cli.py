@@ -46,17 +46,36 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field for this run; may be given again.")
     ] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="NEW", help="Begin the new experiment NEW with NAME's newest checkpoint, and train that.")
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Set what was trained aside, and begin at step 0.")] = False,
 ) -> None:
     """Train an experiment, register and evaluate its checkpoints. What is up to date is skipped, what was interrupted goes on.
 
-    Ctrl-C stops it resumably (exit code 75): the same command goes on.
+    Ctrl-C stops it resumably (exit code 75): the same command goes on. A fork begins with another checkpoint than the newest if
+    checkpoint.checkpoint_to_resume names one, and with the fields of --set changed; it is written into params.yaml.
 
     Example: gpt2 train quickstart --set training.max_steps=100
+
+    Example: gpt2 train quickstart --fork warmer --set training.learning_rate=0.003
     """
     from tasks import preflight
 
     project, overrides = find_project(), parse_overrides(changes or [])
     preflight.check(project, name, overrides)
+    if fork is not None or anew:
+        from tasks.fork import anew as set_aside
+        from tasks.fork import fork as begin_with
+
+        if anew and fork is not None:
+            raise UserError("--anew: a fork begins with a checkpoint; leave one of --anew and --fork out")
+        if fork is not None:
+            parent = begin_with(project, name, fork, overrides)
+            print(f"{fork} begins with {parent.name} of {name}; it is in params.yaml now")
+            name, overrides = fork, {}
+        elif where := set_aside(project, name):
+            print(f"what was trained of {name} is in {where.relative_to(project.root)} now")
     _run_flow(project, name, "train-gpt2", {"experiment": name, "overrides": overrides})
 
 
@@ -237,6 +256,30 @@ def export(name: Name, folder: Annotated[Path, typer.Argument(metavar="FOLDER", 
     chosen = use.pick_checkpoint(find_project(), name, checkpoint)
     use.export(chosen, folder)
     print(f"{chosen.name} of {name} is in {folder}")
+
+
+@app.command()
+def sync(name: Name, as_json: Json = False) -> None:
+    """Send MLflow and the storage what they missed while they were away. Every run does it at its end; repeating it adds nothing.
+
+    The keys of --json are the fields of Part in tasks/sync.py.
+
+    Example: gpt2 sync quickstart
+    """
+    from tasks.sync import sync as send
+
+    _stop_on_signals()
+    with Console(stderr=True).status(f"sending what is missing of {name}"):
+        parts = send(find_project(), name, STOP)
+    if as_json:
+        print(json.dumps([part.as_json() for part in parts], indent=1))
+    for part in parts:
+        if part.problem:
+            _say(part.problem)
+        elif not as_json:
+            print(f"{part.service}: {part.message}")
+    if any(part.problem for part in parts):
+        raise typer.Exit(EXIT_FAULT)
 
 
 @app.command()

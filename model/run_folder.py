@@ -88,6 +88,11 @@ class RunFolder:
         return self.path / "aside"
 
     @property
+    def begin_anew(self) -> Path:
+        """There while nothing that the storage holds of this run is to be gone on with."""
+        return self.path / ".begin-anew"
+
+    @property
     def lock(self) -> Path:
         """Held by the trainer while it runs."""
         return self.path / ".trainer.lock"

@@ -1,10 +1,12 @@
 """stream-and-train: the trainer as its own process group, with a forwarder to MLflow and a mirror to the storage beside it.
 
 `python -m tasks.stream_and_train EXPERIMENT`. The trainer talks to nobody; if MLflow or the storage is slow or gone, a curve is late.
+Of all machines that share the storage one at a time trains an experiment (tasks/lease.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,12 +20,14 @@ from typing import Any
 import psutil
 
 from model.config import Experiment
-from model.errors import EXIT_STOPPED, Stopped
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped
 from model.run_folder import RunFolder
-from tasks import mirror
+from tasks import lease, mirror
 from tasks.progress import Progress
 from tasks.project import Project
-from tasks.steps import run_step
+from tasks.starting_point import named_checkpoint
+from tasks.steps import run_step, stop_signals
+from tasks.tracking import read_config
 
 WATCH_PID = "GPT2_WATCH_PID"
 """Environment: the process (the flow's, or the worker's that runs the flow) whose death should stop the training."""
@@ -37,42 +41,69 @@ def stream_and_train(project: Project, name: str) -> None:
 
     Raises:
         Stopped: asked to, or a parent died; everything is saved.
+        UserError: another machine trains this experiment, or has taken it over from here.
+        RuntimeError: the trainer was killed.
     """
     asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+    _note_signals(asked, and_stop=True)
     ancestors = watched_ancestors()
     folder, experiment = project.run_folder(name), project.experiment(name)
-    mirror.bring_back(project, name)
-    trainer = _start_trainer(project.root, folder, experiment)
-    forwarder = _start_beside(project.root, "tasks.forwarder", name, "--follow")
-    with mirror.mirroring(project, name):
-        told = 0
-        progress = Progress(folder.journal)
-        while trainer.poll() is None:
-            if not told and not all(map(_alive, ancestors)):
-                asked.append(signal.SIGTERM)
-            while told < len(asked):
-                _tell(trainer, again=told > 0 and asked[told] == signal.SIGINT)
-                told += 1
-            if WATCH_PID not in os.environ:
-                progress.print_now_and_then()
-            time.sleep(0.2)
-    _let_finish(forwarder, 5.0 if trainer.returncode else FORWARDER_GRACE_S)
+    with lease.holding(project, name) as held:
+        if folder.begin_anew.exists():
+            mirror.set_aside(project, name)
+            folder.begin_anew.unlink()
+        mirror.bring_back(project, name)
+        named = named_checkpoint(project, name, read_config(folder))
+        _note_signals(asked)
+        if asked or not all(map(_alive, ancestors)):
+            raise Stopped(f"training of {name} had not begun")
+        trainer = _start_trainer(project.root, folder, experiment, named)
+        forwarder = _start_beside(project.root, "tasks.forwarder", name, "--follow")
+        held.when_lost = lambda: _kill(trainer, forwarder)
+        with mirror.mirroring(project, name, held):
+            told = 0
+            progress = Progress(folder.journal)
+            while trainer.poll() is None:
+                if held.lost is not None:
+                    _kill(trainer, forwarder)
+                if not told and not all(map(_alive, ancestors)):
+                    asked.append(signal.SIGTERM)
+                while told < len(asked):
+                    _tell(trainer, again=told > 0 and asked[told] == signal.SIGINT)
+                    told += 1
+                if WATCH_PID not in os.environ:
+                    progress.print_now_and_then()
+                time.sleep(0.2)
+            _let_finish(forwarder, 5.0 if trainer.returncode else FORWARDER_GRACE_S)
+    if held.lost is not None:
+        raise held.lost
     if trainer.returncode == EXIT_STOPPED:
         raise Stopped(f"training of {name} stopped, all saved; the same command goes on")
+    if asked and _was_killed(trainer):
+        raise Stopped(f"training of {name} was ended at once; the same command goes on from the last checkpoint")
+    if _was_killed(trainer):
+        raise RuntimeError(f"the trainer was killed by signal {-trainer.returncode}; the same command goes on from the last checkpoint")
     if trainer.returncode:
-        sys.exit(trainer.returncode if trainer.returncode > 0 else 1)
+        sys.exit(trainer.returncode)
 
 
-def _start_trainer(root: Path, folder: RunFolder, experiment: Experiment) -> subprocess.Popen[bytes]:
+def _note_signals(asked: list[int], and_stop: bool = False) -> None:
+    """From now on, add requests to stop to a list; and stop at once, where there is no trainer to tell yet."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)  # a library may swallow what is raised here
+        if and_stop:
+            raise Stopped(f"{signal.Signals(number).name} received")
+
+    for number in stop_signals():
+        signal.signal(number, ask)
+
+
+def _start_trainer(root: Path, folder: RunFolder, experiment: Experiment, named: Path | None) -> subprocess.Popen[bytes]:
     machine = {"hardware": experiment.hardware, "journal": experiment.journal}
     fields = [f"{name}.{field}={json.dumps(value)}" for name, section in machine.items() for field, value in section.model_dump().items()]
-    return _start_beside(root, "model.training", str(folder.path), "--watch-stdin", *(f"--set={field}" for field in fields))
+    begin_with = [f"--checkpoint={named}"] if named is not None else []
+    return _start_beside(root, "model.training", str(folder.path), "--watch-stdin", *begin_with, *(f"--set={field}" for field in fields))
 
 
 def _start_beside(root: Path, module: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -84,9 +115,25 @@ def _start_beside(root: Path, module: str, *arguments: str) -> subprocess.Popen[
 def _tell(trainer: subprocess.Popen[bytes], again: bool) -> None:
     """Pass a stop request on. A second Ctrl-C does not wait for the save: the last sealed checkpoint is whole."""
     if again:
-        trainer.kill()
+        _kill(trainer)
     elif trainer.poll() is None:
         trainer.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signal.SIGTERM)  # type: ignore[attr-defined, unused-ignore]
+
+
+def _kill(*processes: subprocess.Popen[bytes]) -> None:
+    """End them and what they started (ranks have process groups of their own) without another word of theirs."""
+    for process in processes:
+        if process.poll() is not None:
+            continue  # its number may be another's by now
+        with contextlib.suppress(psutil.Error):
+            for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+
+
+def _was_killed(process: subprocess.Popen[bytes]) -> bool:
+    """Windows has no signals: there, a killed process has some exit code."""
+    return process.returncode < 0 or (WINDOWS and process.returncode not in (0, EXIT_FAULT, EXIT_USER, EXIT_STOPPED))
 
 
 def _let_finish(forwarder: subprocess.Popen[bytes], seconds: float) -> None:

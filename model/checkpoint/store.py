@@ -112,6 +112,11 @@ def step_of(name: str) -> int:
     return int(match[1])
 
 
+def is_name(text: str) -> bool:
+    """Whether it is a checkpoint's name."""
+    return _NAME.fullmatch(text) is not None
+
+
 def _sha256(path: Path) -> str:
     """Of a file; a disk that cannot read it has not kept it."""
     try:

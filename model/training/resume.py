@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, name_of, open_checkpoint, step_of
+from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, is_name, name_of, open_checkpoint, step_of
 from model.config import ForkOf, RunConfig
 from model.digest import digest_of
 from model.errors import NoWholeCheckpoint, UserError
@@ -138,7 +138,7 @@ def _starting_checkpoint(folder: RunFolder, config: RunConfig, named: Path | Non
     store = CheckpointStore(folder.checkpoints)
     wanted = config.checkpoint.checkpoint_to_resume
     events = read_current(folder.journal)
-    if wanted is not None and _wanted_last(events) != wanted:
+    if wanted is not None and wanted_last(events) != wanted:
         return _rewind(folder, store, config, wanted, named)
     newest = store.newest_whole(report)
     written = [event["name"] for event in events if event["event"] == "checkpoint"]
@@ -150,16 +150,17 @@ def _starting_checkpoint(folder: RunFolder, config: RunConfig, named: Path | Non
     return newest
 
 
-def _wanted_last(events: list[Event]) -> str | None:
+def wanted_last(events: list[Event]) -> str | None:
+    """The `checkpoint_to_resume` that the last start obeyed, by the journal's current events."""
     started = [event for event in events if event["event"] == "started"]
     return started[-1].get("checkpoint_to_resume") if started else None
 
 
 def _rewind(folder: RunFolder, store: CheckpointStore, config: RunConfig, wanted: str, named: Path | None) -> Checkpoint:
-    path = named or (folder.checkpoints / wanted if _is_name(wanted) else Path(wanted))
+    path = named or (folder.checkpoints / wanted if is_name(wanted) else Path(wanted))
     if not path.is_dir():
         have = ", ".join(f.name for f in store.folders()) or "none"
-        where = f"in {folder.checkpoints}; there is {have}" if _is_name(wanted) else "a folder here"
+        where = f"in {folder.checkpoints}; there is {have}" if is_name(wanted) else "a folder here"
         raise UserError(f"checkpoint.checkpoint_to_resume: {wanted} is not {where}")
     try:
         checkpoint = open_checkpoint(path)
@@ -180,14 +181,6 @@ def _rewind(folder: RunFolder, store: CheckpointStore, config: RunConfig, wanted
     if later:
         store.set_aside(later, folder.aside / f"after_{checkpoint.name}")
     return checkpoint
-
-
-def _is_name(wanted: str) -> bool:
-    try:
-        step_of(wanted)
-    except ValueError:
-        return False
-    return True
 
 
 def _fork(start: Start, config: RunConfig, fork: ForkOf, named: Path | None) -> None:

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save
 
 from model.checkpoint.store import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
-from tasks import mirror, tracking
+from model.errors import UserError
+from model.training.lock import held
+from tasks import lease, mirror, tracking
+from tasks.lease import Lease, NotOurs, entries, open_place, tokens
 from tasks.mirror import Mirror
 from tasks.project import Project
 from tests.tasks.conftest import NAME, write_config
@@ -20,7 +27,7 @@ from tests.tasks.conftest import NAME, write_config
 @pytest.fixture(params=["folder", "memory://"])
 def project(new_project: Project, request: pytest.FixtureRequest) -> Iterator[Project]:
     """A project whose storage is a folder, and one whose storage is a URL."""
-    base = str(new_project.root.parent / "disk") if request.param == "folder" else f"memory://bucket-{os.getpid()}"
+    base = str(new_project.root.parent / "disk") if request.param == "folder" else f"memory://bucket-{uuid.uuid4().hex}"
     params = yaml.safe_load((new_project.root / "params.yaml").read_text())
     params["defaults"]["storage"] = {"base_folder": base}
     (new_project.root / "params.yaml").write_text(yaml.safe_dump(params))
@@ -35,13 +42,29 @@ def digest(project: Project) -> str:
 
 def seal(project: Project, step: int, config_digest: str | None = None) -> Checkpoint:
     state = json.dumps({"step": step, "config_digest": config_digest or digest(project)}).encode()
-    contents = {MODEL: os.urandom(1000), OPTIMIZER: os.urandom(2000), STATE: state}
-    writers: dict[str, Callable[[Path], None]] = {}
-    for name, content in contents.items():
-        writers[name] = lambda path, content=content: path.write_bytes(content) and None  # type: ignore[misc]
     folder = project.run_folder(NAME)
-    folder.journal.write_text(f'{{"seq": {step}}}\n')
-    return CheckpointStore(folder.checkpoints).write(step, writers)
+    folder.journal.write_text(f'{{"seq": {step}, "event": "step", "step": {step}}}\n')
+    return CheckpointStore(folder.checkpoints).write(step, {MODEL: [tensors(250)], OPTIMIZER: [tensors(500)], STATE: [state]})
+
+
+def tensors(count: int) -> bytes:
+    return save({"some": np.random.default_rng().random(count, dtype=np.float32)})
+
+
+def mirror_of(project: Project) -> Mirror:
+    """With the lease, as a stage has it that starts now. Earlier stages have ended."""
+    held = Lease.of(project, NAME)
+    fs, root = open_place(held.url)
+    for token in tokens(fs, root):
+        fs.pipe_file(f"{root}/heartbeat_{token:08d}.json", b'{"released": true}')
+    held.take()
+    return Mirror.of(project, NAME, held)
+
+
+def own_place(kept: Mirror) -> tuple[Any, str]:
+    assert kept.lease is not None
+    fs, root = open_place(kept.url)
+    return fs, f"{root}/token_{kept.lease.token:08d}"
 
 
 def another_machine(project: Project) -> None:
@@ -50,42 +73,92 @@ def another_machine(project: Project) -> None:
     project.run_folder(NAME).journal.unlink()
 
 
+@pytest.fixture
+def of_another_host(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setenv("GPT2_HOST", "another")
+
+
 def test_what_is_sealed_comes_back_bit_for_bit_where_there_is_none(project: Project) -> None:
     first, second = seal(project, 10), seal(project, 20)
     contents = {name: (second.path / name).read_bytes() for name in (MODEL, OPTIMIZER, STATE, MANIFEST)}
     journal = project.run_folder(NAME).journal.read_text()
-    assert Mirror.of(project, NAME).copy_new() == [first.name, second.name]
+    assert mirror_of(project).copy_new() == [second.name, first.name]  # the newest first: it is the one that is needed
     another_machine(project)
     back = mirror.bring_back(project, NAME)
     assert back is not None
     assert (back.name, back.digest) == (second.name, second.digest)
     assert {name: (back.path / name).read_bytes() for name in contents} == contents
     assert project.run_folder(NAME).journal.read_text() == journal
-    assert [path.name for path in project.run_folder(NAME).checkpoints.iterdir()] == [second.name]
+    assert {path.name for path in project.run_folder(NAME).checkpoints.iterdir()} == {first.name, second.name}
+
+
+def test_who_begins_anew_gets_nothing_back_and_nothing_is_lost(project: Project) -> None:
+    seal(project, 10)
+    kept = mirror_of(project)
+    kept.copy_new()
+    another_machine(project)
+    mirror.set_aside(project, NAME)
+    assert mirror.bring_back(project, NAME) is None
+    fs, root = open_place(kept.url)
+    (aside,) = (name for name in entries(fs, root) if name.startswith("aside_"))
+    assert fs.exists(f"{root}/{aside}/step_00000010/{MANIFEST}")
 
 
 def test_only_what_is_new_is_copied_and_what_is_dropped_here_is_dropped_there(project: Project) -> None:
     first = seal(project, 10)
-    kept = Mirror.of(project, NAME)
-    kept.copy_new()
+    kept = mirror_of(project)
+    assert kept.copy_new() == [first.name]
     seal(project, 20)
     CheckpointStore(project.run_folder(NAME).checkpoints).retain(["step_00000020"])
     assert kept.copy_new() == ["step_00000020"]
-    assert Mirror.of(project, NAME).copy_new() == []  # a later process finds them there
-    fs, root = fsspec.url_to_fs(kept.url)
-    assert not fs.exists(f"{root}/{first.name}")
-    assert fs.exists(f"{root}/step_00000020/{MANIFEST}")
+    assert kept.copy_new() == []
+    fs, folder = own_place(kept)
+    assert not fs.exists(f"{folder}/{first.name}")
+    assert fs.exists(f"{folder}/step_00000020/{MANIFEST}")
 
 
-def test_a_copy_that_was_cut_short_is_passed_over_and_made_again(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_is_not_dropped_before_there_is_a_newer_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = seal(project, 10)
+    kept = mirror_of(project)
+    kept.copy_new()
+    seal(project, 20)
+    CheckpointStore(project.run_folder(NAME).checkpoints).retain(["step_00000020"])
+
+    def no_answer() -> None:
+        raise ConnectionError("no answer")
+
+    assert kept.lease is not None
+    monkeypatch.setattr(kept.lease, "check", no_answer)
+    with pytest.raises(ConnectionError):
+        kept.copy_new()
+    fs, folder = own_place(kept)
+    assert fs.exists(f"{folder}/{first.name}/{MANIFEST}")
+
+
+def test_what_is_dropped_while_it_is_copied_is_no_fault(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal(project, 10)
+    doomed = seal(project, 20)
+    kept = mirror_of(project)
+    assert kept.lease is not None
+    check = kept.lease.check
+
+    def drop_then_check() -> None:
+        shutil.rmtree(doomed.path, ignore_errors=True)
+        check()
+
+    monkeypatch.setattr(kept.lease, "check", drop_then_check)
+    assert kept.copy_new() == ["step_00000010"]
+    fs, folder = own_place(kept)
+    assert entries(fs, folder) == ["journal.jsonl", "step_00000010"]
+
+
+def test_the_manifest_comes_last(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     seal(project, 10)
     newer = seal(project, 20)
-    kept = Mirror.of(project, NAME)
+    kept = mirror_of(project)
     kept.copy_new()
-    fs, root = fsspec.url_to_fs(kept.url)
-    fs.rm_file(f"{root}/{newer.name}/{MANIFEST}")  # the manifest comes last
-    assert Mirror.of(project, NAME).copy_new() == [newer.name]
-    fs.rm_file(f"{root}/{newer.name}/{MANIFEST}")
+    fs, folder = own_place(kept)
+    fs.rm_file(f"{folder}/{newer.name}/{MANIFEST}")  # as if cut short
     another_machine(project)
     back = mirror.bring_back(project, NAME)
     assert back is not None
@@ -96,52 +169,158 @@ def test_a_copy_that_was_cut_short_is_passed_over_and_made_again(project: Projec
 def test_a_rotten_copy_is_passed_over(project: Project) -> None:
     seal(project, 10)
     newer = seal(project, 20)
-    kept = Mirror.of(project, NAME)
+    kept = mirror_of(project)
     kept.copy_new()
-    fs, root = fsspec.url_to_fs(kept.url)
-    content = bytearray(fs.cat_file(f"{root}/{newer.name}/{MODEL}"))
+    fs, folder = own_place(kept)
+    content = bytearray(fs.cat_file(f"{folder}/{newer.name}/{MODEL}"))
     content[500] ^= 1
-    fs.pipe_file(f"{root}/{newer.name}/{MODEL}", bytes(content))
+    fs.pipe_file(f"{folder}/{newer.name}/{MODEL}", bytes(content))
     another_machine(project)
     back = mirror.bring_back(project, NAME)
     assert back is not None
     assert back.name == "step_00000010"
 
 
-def test_a_machine_that_has_a_checkpoint_keeps_its_own(project: Project) -> None:
-    seal(project, 20)
-    Mirror.of(project, NAME).copy_new()
+def test_a_later_holders_copies_come_first_and_replace_the_older_ones(project: Project) -> None:
+    seal(project, 10)
+    older = mirror_of(project)
+    older.copy_new()
     another_machine(project)
-    own = seal(project, 10)
+    newer = mirror_of(project)
+    back = mirror.bring_back(project, NAME)  # the newer has none of its own yet
+    assert back is not None
+    assert back.name == "step_00000010"
+    seal(project, 20)
+    assert newer.copy_new() == ["step_00000020", "step_00000010"]
+    fs, root = open_place(newer.url)
+    assert entries(fs, root) == ["heartbeat_00000002.json", "lease_00000002.json", "token_00000002"]
+    with pytest.raises(NotOurs, match="was taken over by process"):
+        older.copy_new()
+
+
+def test_one_that_was_taken_over_in_the_middle_of_a_copy_seals_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal(project, 10)
+    older = mirror_of(project)
+    assert older.lease is not None
+    check, calls = older.lease.check, 0
+
+    def taken_over_before_the_second_check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            mirror_of(project)
+        check()
+
+    monkeypatch.setattr(older.lease, "check", taken_over_before_the_second_check)
+    with pytest.raises(NotOurs):
+        older.copy_new()
+    fs, folder = own_place(older)
+    assert MODEL in entries(fs, f"{folder}/step_00000010")
+    assert MANIFEST not in entries(fs, f"{folder}/step_00000010")
+
+
+def test_a_machine_that_has_come_further_keeps_its_own(project: Project, of_another_host: Callable[[], None]) -> None:
+    seal(project, 10)
+    mirror_of(project).copy_new()
+    another_machine(project)
+    own = seal(project, 20)
+    of_another_host()
     assert mirror.bring_back(project, NAME) is None
     assert CheckpointStore(project.run_folder(NAME).checkpoints).checkpoints() == [own]
 
 
+def test_a_machine_that_has_not_come_as_far_takes_the_newer(project: Project, of_another_host: Callable[[], None]) -> None:
+    """It trained first, then another one went on. Its own journal is kept aside."""
+    seal(project, 20)
+    mirror_of(project).copy_new()
+    there = project.run_folder(NAME).journal.read_text()
+    another_machine(project)
+    seal(project, 10)
+    here = project.run_folder(NAME).journal.read_text()
+    of_another_host()
+    back = mirror.bring_back(project, NAME)
+    assert back is not None
+    assert back.name == "step_00000020"
+    folder = project.run_folder(NAME)
+    assert [checkpoint.step for checkpoint in CheckpointStore(folder.checkpoints).checkpoints()] == [10, 20]
+    assert folder.journal.read_text() == there
+    assert [path.read_text() for path in folder.aside.rglob("journal*.jsonl")] == [here]
+
+
+def test_who_went_back_on_purpose_is_not_brought_forward_again(project: Project) -> None:
+    """The copies are of this very folder: what lies in it counts."""
+    own = seal(project, 10)
+    seal(project, 20)
+    mirror_of(project).copy_new()
+    CheckpointStore(project.run_folder(NAME).checkpoints).retain([own.name])
+    assert mirror.bring_back(project, NAME) is None
+    later = mirror_of(project)
+    assert later.copy_new() == [own.name]
+    fs, root = open_place(later.url)
+    assert "token_00000001" not in entries(fs, root)
+
+
+def test_what_another_machine_had_further_is_not_removed(
+    project: Project, monkeypatch: pytest.MonkeyPatch, of_another_host: Callable[[], None]
+) -> None:
+    """The storage answered when the lease was taken, and not when the copies were asked for: training began anew."""
+    seal(project, 20)
+    mirror_of(project).copy_new()
+    another_machine(project)
+    of_another_host()
+    kept = mirror_of(project)
+    seal(project, 10)
+    kept.copy_new()
+    fs, root = open_place(kept.url)
+    assert {"token_00000001", "token_00000002"} <= set(entries(fs, root))
+    seal(project, 20)
+    kept.copy_new()
+    assert "token_00000001" not in entries(fs, root)
+
+
+def test_a_damaged_checkpoint_here_makes_room_for_its_copy(project: Project) -> None:
+    good = seal(project, 20)
+    mirror_of(project).copy_new()
+    (good.path / MANIFEST).unlink()
+    back = mirror.bring_back(project, NAME)
+    assert back is not None
+    assert back.digest == good.digest
+    assert [path.name for path in (project.run_folder(NAME).aside / "damaged").iterdir()] == [good.name]
+
+
+def test_while_a_trainer_runs_here_nothing_is_brought_back(project: Project) -> None:
+    seal(project, 20)
+    mirror_of(project).copy_new()
+    another_machine(project)
+    with held(project.run_folder(NAME).lock, "the run"), pytest.raises(UserError, match="in use by another trainer"):
+        mirror.bring_back(project, NAME)
+
+
 def test_another_configurations_checkpoints_are_neither_copied_nor_brought_back(project: Project) -> None:
     seal(project, 10)
-    kept = Mirror.of(project, NAME)
+    kept = mirror_of(project)
     kept.copy_new()
     write_config(project, learning_rate=0.5)
-    other = Mirror.of(project, NAME)
+    other = mirror_of(project)
     assert other.url != kept.url
     assert other.copy_new() == []
     another_machine(project)
     assert mirror.bring_back(project, NAME) is None
 
 
-def test_once_pushed_the_copies_go(project: Project) -> None:
+def test_once_pushed_the_copies_and_the_lease_go(project: Project) -> None:
     seal(project, 10)
-    kept = Mirror.of(project, NAME)
+    kept = mirror_of(project)
     kept.copy_new()
     mirror.prune(project, NAME)
     mirror.prune(project, NAME)
-    fs, root = fsspec.url_to_fs(kept.url)
+    fs, root = open_place(kept.url)
     assert not fs.exists(root)
 
 
 def test_while_a_training_runs_its_checkpoints_are_copied(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
-    with mirror.mirroring(project, NAME):
+    with lease.holding(project, NAME) as ours, mirror.mirroring(project, NAME, ours):
         sealed = seal(project, 10)
     another_machine(project)
     back = mirror.bring_back(project, NAME)
@@ -149,12 +328,25 @@ def test_while_a_training_runs_its_checkpoints_are_copied(project: Project, monk
     assert back.digest == sealed.digest
 
 
-def test_a_storage_that_is_gone_is_told_of_and_stops_nothing(
+def test_a_storage_that_is_gone_is_told_of_once_and_caught_up_with_when_it_is_back(
     new_project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "SECONDS_BETWEEN_LOOKS", 0.05)
-    (new_project.root / "storage").write_text("a file where the folder should be")
+    monkeypatch.setattr(mirror, "LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(lease, "TTL_S", 0.4)
+    storage = new_project.root / "storage"
+    storage.write_text("a file where the folder should be")
     assert mirror.bring_back(new_project, NAME) is None
-    with mirror.mirroring(new_project, NAME):
-        seal(new_project, 10)
-    assert "training goes on" in capsys.readouterr().err
+    with lease.holding(new_project, NAME) as ours, mirror.mirroring(new_project, NAME, ours):
+        sealed = seal(new_project, 10)
+        time.sleep(0.4)
+        assert ours.token is None
+        storage.unlink()
+        copy = Path(ours.url) / "token_00000001" / sealed.name / MANIFEST
+        deadline = time.monotonic() + 10
+        while not copy.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    said = capsys.readouterr().err
+    assert said.count("no lease") == 2  # by the stage, and by the mirror
+    assert said.count("training goes on") == 2

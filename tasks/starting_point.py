@@ -1,0 +1,94 @@
+"""Checkpoints that an experiment begins with and does not hold itself: where they lie on this machine.
+
+The trainer asks no server and looks in no other run; it is told the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from model.checkpoint.store import MANIFEST, CheckpointStore, is_name
+from model.config import RunConfig
+from model.errors import UserError
+from model.training.journal import read_current
+from model.training.resume import wanted_last
+from tasks import tracking
+from tasks.project import Project
+
+_REGISTRY = "models:/"
+
+
+def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | None:
+    """The folder of the checkpoint that `checkpoint_to_resume` or `fork_of` names; None if none is named or the run holds it itself.
+
+    Raises:
+        UserError: it is nowhere to be found.
+    """
+    folder = project.run_folder(name)
+    wanted, fork = config.checkpoint.checkpoint_to_resume, config.checkpoint.fork_of
+    if wanted is not None and not is_name(wanted) and wanted_last(read_current(folder.journal)) != wanted:
+        return locate(project, name, wanted)
+    if fork is not None and not CheckpointStore(folder.checkpoints).folders():
+        place = find_by_digest(project, fork.digest)
+        if place is None:
+            raise UserError(
+                f"checkpoint.fork_of: {fork.checkpoint} of {fork.experiment} ({fork.digest[:12]}) is not in runs/; bring it back: "
+                f"dvc pull train@{fork.experiment}"
+            )
+        return place
+    return None
+
+
+def locate(project: Project, name: str, wanted: str) -> Path:
+    """The folder of a checkpoint that is given as a folder (relative to the project, or absolute) or as a registered version of `name`'s
+    MLflow: `models:/quickstart@champion`, `models:/quickstart/3`, `models:/m-…`.
+
+    Raises:
+        UserError: there is no such folder or version, or its checkpoint is not in runs/.
+    """
+    if not wanted.startswith(_REGISTRY):
+        if "://" in wanted or ":/" in wanted[3:]:
+            raise UserError(f"checkpoint.checkpoint_to_resume: {wanted}: give a folder, or a registered version such as {_REGISTRY}NAME/3")
+        try:
+            place = (project.root / wanted).resolve()
+            there = place.is_dir()
+        except (OSError, ValueError):  # NUL, too long, …
+            there = False
+        if not there:
+            raise UserError(f"checkpoint.checkpoint_to_resume: {wanted[:200]!r} is not a folder here")
+        return place
+    digest = _registered_digest(project, name, wanted)
+    place_or_none = find_by_digest(project, digest)
+    if place_or_none is None:
+        raise UserError(f"checkpoint.checkpoint_to_resume: {wanted} ({digest[:12]}) is not in runs/; bring it back: dvc pull")
+    return place_or_none
+
+
+def _registered_digest(project: Project, name: str, uri: str) -> str:
+    """The digest of the checkpoint behind an MLflow URI."""
+    from mlflow import MlflowException
+
+    client = tracking.connect(project, project.experiment(name))
+    what = uri.removeprefix(_REGISTRY)
+    try:
+        if what.startswith("m-"):
+            tags = client.get_logged_model(what).tags
+        elif "@" in what:
+            tags = client.get_model_version_by_alias(*what.split("@", 1)).tags
+        else:
+            model, _, version = what.partition("/")
+            tags = client.get_model_version(model, version).tags
+    except MlflowException as error:
+        raise UserError(f"checkpoint.checkpoint_to_resume: {uri}: {error.message.splitlines()[0]}") from None
+    if tracking.DIGEST_TAG not in tags:
+        raise UserError(f"checkpoint.checkpoint_to_resume: {uri} is not a checkpoint of this project")
+    return str(tags[tracking.DIGEST_TAG])
+
+
+def find_by_digest(project: Project, digest: str) -> Path | None:
+    """A checkpoint's folder in the project's runs, set aside ones included; its bytes are the trainer's to verify."""
+    for manifest in sorted((project.root / "runs").glob(f"*/**/step_*/{MANIFEST}")):
+        if hashlib.sha256(manifest.read_bytes()).hexdigest() == digest:
+            return manifest.parent
+    return None
