@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check services clean
+.PHONY: help setup quickstart test check services audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need"
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-audit: $(VENV)/.installed
+	@$(PIP) --constraint constraints.txt --editable '.[audit]'
 	@touch $@
 
 setup: $(VENV)/.installed-dev ## install into .venv, nothing else
@@ -43,6 +47,9 @@ test: $(VENV)/.installed-dev ## every check and every test: under twenty-five mi
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest --durations=15
+
+audit: $(VENV)/.installed-audit ## ask whether a vulnerability is known of what is installed; waivers are in tools/audit.toml
+	@$(BIN)/python tools/audit.py
 
 clean: ## remove runs and the default storage; the environment stays
 	rm -rf runs storage

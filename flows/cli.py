@@ -16,7 +16,9 @@ from typer.exceptions import TyperException
 from flows.stop import STOP
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from model.params import parse_overrides
+from model.secrets import redacted
 from tasks.project import Project, find_project
+from tasks.steps import stop_signals
 
 app = typer.Typer(
     help="Pre-train GPT-2 from scratch: train, register, evaluate, use.",
@@ -351,8 +353,8 @@ def _stop_on_signals() -> None:
             os._exit(EXIT_STOPPED)
         STOP.set()
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for number in stop_signals():
+        signal.signal(number, on_signal)
 
 
 def _need_checkpoints(project: Project, name: str) -> None:
@@ -400,7 +402,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _say(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(redacted(message).split())}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

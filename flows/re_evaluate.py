@@ -17,6 +17,7 @@ def _run_name() -> str:
 
 
 @flow(name="re-evaluate", flow_run_name=_run_name)
+@stages.ends_by_itself
 def re_evaluate(experiment: str | None = None, questions: int | None = None) -> State[Any]:
     """Register and evaluate the checkpoints of one experiment, or of all that have some.
 
@@ -68,6 +69,6 @@ def _evaluate(project: Project, name: str, questions: int | None) -> State[Any] 
         versioning.configure_remote(project, project.experiment(name))
         unfinished = stages.run_stages(project, name, which)
         if unfinished is None:
-            stages.push(name, finished=False)
+            stages.bring_up_to_date(name, finished=False)
             stages.show_checkpoints(project, name)
         return unfinished

@@ -13,7 +13,9 @@ from typing import Any
 from flows.local_server import answers
 from flows.stop import STOP
 from model.errors import UserError
+from model.secrets import redacted
 from tasks.project import Project
+from tasks.steps import stop_signals
 
 HOST = "127.0.0.1"
 POOL = "gpu"
@@ -32,7 +34,7 @@ def run_services(project: Project, prefect_port: int, mlflow_port: int) -> None:
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         _check_free(port, option)
     desk = _Desk(project)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, lambda *_: STOP.set())
     try:
         api = f"http://{HOST}:{prefect_port}/api"
@@ -52,7 +54,7 @@ def run_services(project: Project, prefect_port: int, mlflow_port: int) -> None:
             print(
                 f"""
 Prefect   http://{HOST}:{prefect_port}
-MLflow    {mlflow}/#/models?workflowType=machine_learning
+MLflow    {redacted(mlflow)}/#/models?workflowType=machine_learning
 worker    of the pool `{POOL}`, in {project.root}
 
 In another terminal:

@@ -1,34 +1,48 @@
-"""The Prefect side of the stages of dvc.yaml: one task each, run by DVC, and the push that follows them. Both flows are made of these."""
+"""The Prefect side of the stages of dvc.yaml: one task each, run by DVC, and what follows them: MLflow and the storage are brought up to
+date. Both flows are made of these.
+
+Prefect's server may go while a flow runs: no stage waits for it. Only at its end does a flow need the server, and it waits for that so long
+as `ends_by_itself` says.
+"""
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import re
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Protocol, cast
 from uuid import UUID
 
 from filelock import FileLock, Timeout
 from prefect import State, task
 from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from flows.stop import STOP
-from model.errors import Stopped, UserError
-from tasks import mirror, versioning
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from tasks import mirror, sync, versioning
 from tasks.overview import checkpoint_list
 from tasks.progress import Progress
 from tasks.project import Project, find_project
 
 SECONDS_TO_STOP = 27.0
 """Prefect kills a cancelled flow after 30 s."""
+
+SECONDS_TO_REPORT = 30.0
+"""How long a flow in a terminal waits at its end for a Prefect server that is gone: a restart takes 10 to 30 s."""
+
+SECONDS_TO_REPORT_UNDER_A_WORKER = 600.0
 
 SECONDS_BETWEEN_UPDATES = 5.0
 SECONDS_BETWEEN_LOG_LINES = 60.0
@@ -91,21 +105,87 @@ def run_stages(project: Project, experiment: str, stages: tuple[str, ...]) -> St
     return None
 
 
-def push(experiment: str, finished: bool) -> None:
-    """Bring the external storage up to date. If that fails, only its own task does: the next push catches up. `finished`: training is
-    done, so what the storage got while it ran has served."""
-    future = push_to_storage.submit(experiment, finished)
-    with contextlib.suppress(Exception):
-        _finished(future)
+def bring_up_to_date(experiment: str, finished: bool) -> None:
+    """Send MLflow and the external storage what they have not got. If that fails, only its own task does: the next run, or `gpt2 sync`,
+    catches up. `finished`: training is done, so what the storage got while it ran has served."""
+    for future in (sync_tracking.submit(experiment), push_to_storage.submit(experiment, finished)):
+        with contextlib.suppress(Exception):
+            _finished(future)
 
 
 def show_checkpoints(project: Project, experiment: str) -> None:
     """The checkpoints with their scores as a table among the flow run's artifacts."""
     rows = [{name: row[name] for name in _TABLE_COLUMNS} for row in checkpoint_list(project, experiment)]
-    try:
-        create_table_artifact(rows, key=artifact_key("checkpoints", experiment), description=f"Checkpoints of {experiment}, oldest first")
-    except Exception as error:
-        get_run_logger().warning("the table of checkpoints was not stored: %s", error)
+    key, description = artifact_key("checkpoints", experiment), f"Checkpoints of {experiment}, oldest first"
+    logger = get_run_logger()
+
+    def store() -> None:
+        try:
+            create_table_artifact(rows, key=key, description=description)
+        except Exception as error:
+            logger.warning("the table of checkpoints was not stored: %s", error)
+
+    # Prefect's client tries for more than a minute to reach a server that is gone.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(store,), name="table", daemon=True)
+    thread.start()
+    thread.join(SECONDS_BETWEEN_UPDATES)
+
+
+P = ParamSpec("P")
+
+
+def ends_by_itself(flow: Callable[P, State[Any]]) -> Callable[P, State[Any]]:
+    """For the function of a flow: once it is over, the process ends in bounded time, whether or not Prefect's server takes the news.
+
+    Left alone, Prefect's engine tries for minutes, calls a run that went well crashed, prints tracebacks, and does not leave while its
+    queues hold anything.
+    """
+
+    @functools.wraps(flow)
+    def run(*arguments: P.args, **options: P.kwargs) -> State[Any]:
+        if not _under_a_worker():  # which keeps the complaints about an outage in its log; in a terminal they are noise
+            logging.raiseExceptions = False
+            logging.getLogger("prefect._internal.concurrency").disabled = True
+        try:
+            state = flow(*arguments, **options)
+        except Exception as error:
+            code = EXIT_USER if isinstance(error, UserError) else EXIT_STOPPED if isinstance(error, Stopped) else EXIT_FAULT
+            _leave_unless_reported(code, f"error: {error}")
+            raise
+        if state.is_completed():
+            _leave_unless_reported(0, state.message or "")
+        else:
+            stopped = state.is_cancelled() or state.is_crashed()
+            _leave_unless_reported(EXIT_STOPPED if stopped else EXIT_FAULT, f"error: {state.message}")
+        return state
+
+    return run
+
+
+def _leave_unless_reported(code: int, outcome: str) -> None:
+    """From now on the engine reports to Prefect how the flow ended. If it cannot, say so and leave with the flow's own exit code."""
+    context = FlowRunContext.get()
+    flow_run = context.flow_run if context else None
+    if flow_run is None:
+        return
+    patience = SECONDS_TO_REPORT_UNDER_A_WORKER if _under_a_worker() else SECONDS_TO_REPORT
+    server = PREFECT_API_URL.value()
+
+    def watch() -> None:
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            if flow_run.state is not None and flow_run.state.is_final():
+                return
+            time.sleep(0.2)
+        if sys.stdout.isatty():
+            print("\x1b[?25h", end="", flush=True)  # the cursor, which the progress bar hides
+        print(" ".join(outcome.split()), file=sys.stderr)
+        print(f"warning: Prefect at {server} is gone: its page of this run stays as it is; nothing else is missing", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAULT if _under_a_worker() else code)  # a worker has to notice
+
+    threading.Thread(target=watch, name="ending", daemon=True).start()
 
 
 def artifact_key(what: str, experiment: str) -> str:
@@ -195,6 +275,25 @@ def checkpoint_register(experiment: str, fresh: bool) -> State[Any]:
 def evaluate_each_checkpoint(experiment: str, fresh: bool) -> State[Any]:
     """Score every checkpoint, and mark the champion."""
     return _run_stage("evaluate", experiment, fresh)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="sync-tracking[{experiment}]")
+def sync_tracking(experiment: str) -> State[Any]:
+    """Send MLflow what it has not got of the journal."""
+    for observer in OBSERVERS:
+        observer.began("sync")
+    try:
+        part = sync.sync_tracking(find_project(), experiment, STOP)
+        state: State[Any] = Failed(message=part.problem) if part.problem else Completed(message=f"MLflow: {part.message}")
+    except Stopped as stopped:
+        state = Cancelled(message=str(stopped))
+    except Exception as error:
+        state = Failed(message=f"MLflow did not get the journal, the next run tries again: {error}")
+    if state.is_failed():
+        get_run_logger().warning(state.message)
+    for observer in OBSERVERS:
+        observer.ended("sync", state)
+    return state
 
 
 @task(cache_policy=NO_CACHE, task_run_name="push-to-storage[{experiment}]")

@@ -11,6 +11,7 @@ from tasks.project import find_project
 
 
 @flow(name="train-gpt2", flow_run_name="{experiment}")
+@stages.ends_by_itself
 def train_gpt2(experiment: str, overrides: dict[str, Any] | None = None) -> State[Any]:
     """Train an experiment of params.yaml, register its checkpoints, evaluate each, and push all of it to the external storage.
 
@@ -29,6 +30,6 @@ def train_gpt2(experiment: str, overrides: dict[str, Any] | None = None) -> Stat
         unfinished = stages.run_stages(project, experiment, versioning.STAGES)
         if unfinished is not None:
             return unfinished
-        stages.push(experiment, finished=True)
+        stages.bring_up_to_date(experiment, finished=True)
         stages.show_checkpoints(project, experiment)
     return Completed(message=f"{experiment}: all stages are up to date")

@@ -12,9 +12,10 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from model.digest import digest_of
+from model.secrets import refuse_credentials
 
 SYNTH_TEMPLATE = "Q: {query}\n\nReasoning:\n{synthetic_reasoning}\n\nA: {synthetic_answer}"
 
@@ -33,6 +34,8 @@ def _number(value: Any) -> Any:
 
 Float = Annotated[float, BeforeValidator(_number)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(refuse_credentials)]
+"""A path or URL without a password in it: configs are versioned and pushed."""
 NonNegativeFloat = Annotated[Float, Field(ge=0)]
 
 
@@ -92,7 +95,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which samples are trained on, and how they become windows of tokens."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Place
     """A dataset on the Hub (`PleIAs/SYNTH`), a folder or glob of parquet files, an fsspec URL,
     or `quickstart`: the corpus this project generates."""
     revision: str | None = None
@@ -263,7 +266,7 @@ class EvaluationConfig(Section):
 class StorageConfig(Section):
     """Where things go that must outlast this machine."""
 
-    base_folder: Annotated[str, Field(min_length=1)] = "storage"
+    base_folder: Place = "storage"
     """The external storage: a folder (relative to the project, or absolute), a mount, or an fsspec URL such as `s3://bucket/path`.
     Holds the DVC remote, the generated corpus, copies of checkpoints in the making and, where it is a folder, MLflow's SQLite."""
 

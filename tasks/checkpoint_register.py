@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from model import disk
 from model.checkpoint.store import Checkpoint, CheckpointStore
 from model.config import RunConfig
 from model.errors import UserError
@@ -66,9 +67,8 @@ def checkpoint_register(project: Project, name: str) -> None:
                     "run_id": run_id,
                 }
             )
-    partial = folder.registered.with_name(f".{folder.registered.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder.registered)
+    tracking.note_aliases(client, folder)
+    disk.write_file(folder.registered, (json.dumps(entries, indent=1) + "\n").encode())
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
 from filelock import FileLock
 
+from model import disk
 from model.checkpoint.store import open_checkpoint
 from model.config import EvaluationConfig
 from model.device import pick_device
@@ -58,9 +58,8 @@ def evaluate_each_checkpoint(project: Project, name: str) -> None:
         "evaluation_set": items.digest,
         "checkpoints": rows,
     }
-    partial = folder.scores.with_name(f".{folder.scores.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder.scores)
+    tracking.note_aliases(client, folder)
+    disk.write_file(folder.scores, (json.dumps(summary, indent=1) + "\n").encode())
 
 
 def _example(scores: Scores | None) -> str | None:

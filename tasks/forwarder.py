@@ -1,15 +1,7 @@
-"""The journal, sent to MLflow: each event exactly once, whatever happens to either side.
+"""The process that sends a run's journal to MLflow (tasks/journal_sender.py says how), so that nothing MLflow does can reach training.
 
 `python -m tasks.forwarder EXPERIMENT` sends what MLflow has not got yet, once. With `--follow` it goes on until the training finishes or
 stops, or its own standard input closes.
-
-Points carry their event's own time and step, so sending them again adds nothing. The cursor is a tag of the MLflow run and travels in the
-same call as the points: it is never ahead of them, and it is not lost with the run folder. An MLflow that is closed or slow delays a
-curve; the next pass goes on from the cursor.
-
-After a resume, the journal repeats steps that it had already told of. MLflow takes no point back and we hide none: both stay, each with
-its own time, whether or not there was an outage in between. The run's final figures are right all the same, since MLflow takes those of
-the highest step and, of these, the latest; and the tag `resumed_from` says where the curve last went back.
 """
 
 from __future__ import annotations
@@ -22,195 +14,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+import psutil
+from filelock import FileLock, Timeout
 
 from model.errors import EXIT_FAULT, EXIT_USER, UserError
-from model.run_folder import RunFolder
-from model.training.journal import Event
-from tasks.project import Project, find_project
+from model.secrets import redacted
+from tasks.journal_sender import Forwarder, NoLease, Report
+from tasks.project import Project, find_project, read_json
 from tasks.tracking import connect, read_config, training_run
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-POINTS_A_CALL = 1000
-"""MLflow's own limit for one `log_batch`."""
-CURSOR = "journal_cursor"
-"""The run's tag that names the last event sent: its number and its time, so that another journal is not taken for this one."""
 POLL_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Between two looks at the journal; and between two attempts while MLflow does not answer."""
-_GROUPS = {"step": "train", "validation": "validation"}
-"""Events whose numbers become metrics, and the group these are shown in: `train/loss`, `validation/bits_per_byte`."""
-_STATUS = {"started": "RUNNING", "stopped": "KILLED", "finished": "FINISHED"}
+LAST_ATTEMPTS = 3
+"""When nobody waits for more: an answer that was lost is worth another attempt, an outage is for the next run."""
 
 
-class _Tail:
-    """The journal's whole lines as they come; anew from the start when another file took its place."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = 0
-        self._file_id: int | None = None
-
-    def new_events(self) -> tuple[bool, list[Event]]:
-        """The events since the last call, and whether they begin at the journal's start."""
-        try:
-            with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                from_start = self._file_id != status.st_ino or status.st_size < self._offset
-                if from_start:
-                    self._file_id, self._offset = status.st_ino, 0
-                file.seek(self._offset)
-                text = file.read()
-        except FileNotFoundError:
-            return False, []
-        whole = text[: text.rfind(b"\n") + 1]  # the trainer may be in the middle of a line
-        self._offset += len(whole)
-        return from_start, [json.loads(line) for line in whole.splitlines()]
-
-
-class Forwarder:
-    """Sends one run's journal to its MLflow run. One process at a time."""
-
-    def __init__(self, client: MlflowClient, run_id: str, run_folder: RunFolder, config_digest: str) -> None:
-        self._client = client
-        self._run_id = run_id
-        self._config_digest = config_digest
-        self._tail = _Tail(run_folder.journal)
-        self._ours = False
-        self._pending: list[Event] = []
-        self._status = ""
-
-    def send_new(self) -> list[Event]:
-        """Send what MLflow has not got yet and return it. Whatever MLflow raises passes through; the next call goes on from there."""
-        self._read()
-        sent: list[Event] = []
-        while self._pending:
-            batch = self._next_batch()
-            self._send(batch)
-            self._pending = self._pending[len(batch) :]
-            sent += batch
-        return sent
-
-    def close_if_unfinished(self) -> None:
-        """The trainer is gone. Without a last word of it, its run has failed."""
-        if self._status == "RUNNING":
-            self._client.set_terminated(self._run_id, "FAILED")
-
-    def _read(self) -> None:
-        from_start, events = self._tail.new_events()
-        if from_start:
-            self._ours, self._pending = False, []
-        ours = []
-        for event in events:
-            if event["event"] == "started":  # a journal may go on under another config
-                self._ours = event["config_digest"] == self._config_digest
-            if self._ours:
-                ours.append(event)
-        if from_start:
-            ours = self._beyond_cursor(ours)
-        self._pending += ours
-
-    def _beyond_cursor(self, events: list[Event]) -> list[Event]:
-        """Without those that MLflow has. A cursor that points into another journal counts for nothing."""
-        cursor = self._client.get_run(self._run_id).data.tags.get(CURSOR)
-        for index, event in enumerate(events):
-            if _cursor_at(event) == cursor:
-                self._status = next((_STATUS[e["event"]] for e in reversed(events[: index + 1]) if e["event"] in _STATUS), "")
-                return events[index + 1 :]
-        return events
-
-    def _next_batch(self) -> list[Event]:
-        points = 0
-        for index, event in enumerate(self._pending):
-            points += len(_numbers(event))
-            if points > POINTS_A_CALL:
-                return self._pending[:index]
-        return self._pending
-
-    def _send(self, batch: list[Event]) -> None:
-        from mlflow.entities import RunTag
-
-        for event in batch:
-            if event["event"] == "sample":
-                self._client.log_text(self._run_id, event["prompt"] + event["text"], f"samples/step_{event['step']:08d}.txt")
-        self._set_status(batch)
-        points = [point for event in batch for point in _points(event)]
-        tags = {**_tags(batch), CURSOR: _cursor_at(batch[-1])}
-        self._client.log_batch(self._run_id, points, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
-
-    def _set_status(self, batch: list[Event]) -> None:
-        change = next((event for event in reversed(batch) if event["event"] in _STATUS), None)
-        if change is None:
-            return
-        status = _STATUS[change["event"]]
-        if status == "RUNNING":
-            self._client.update_run(self._run_id, status)
-        else:
-            self._client.set_terminated(self._run_id, status, _milliseconds(change))
-        self._status = status
-
-
-def _tags(batch: list[Event]) -> dict[str, str]:
-    """What is said about the run as a whole; the latest event has the last word."""
-    tags = {}
-    for event in batch:
-        if event["event"] == "started":
-            for key in ("device", "precision", "parameters", "code", "versions", "resumed_from"):
-                if event.get(key) is not None:
-                    tags[key] = _text(event[key])
-        elif event["event"] == "warning":
-            tags["last_warning"] = f"step {event['step']}: {event['message']}"[:5000]
-    return tags
-
-
-def _cursor_at(event: Event) -> str:
-    return f"{event['seq']} {event['time']}"
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _milliseconds(event: Event) -> int:
-    return round(event["time"] * 1000)
-
-
-def _numbers(event: Event) -> dict[str, float]:
-    """The figures that an event tells of its step."""
-    if event["event"] not in _GROUPS:
-        return {}
-    about = {"seq", "time", "step"}
-    return {key: value for key, value in event.items() if key not in about and isinstance(value, int | float)}
-
-
-def _points(event: Event) -> list[Metric]:
-    from mlflow.entities import Metric
-
-    group = _GROUPS.get(event["event"])
-    return [Metric(f"{group}/{key}", float(value), _milliseconds(event), event["step"]) for key, value in _numbers(event).items()]
-
-
-def follow(open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event, report: Callable[[str], None]) -> bool:
+def follow(open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event, report: Report) -> bool:
     """Send events as they come, until training finishes or stops, or the parent is gone; True if MLflow has them all.
 
-    MLflow may be away at any time, from the beginning, too: it is tried again after a growing pause, and once more at the end.
+    MLflow may be away at any time, from the beginning, too: it is tried again after a growing pause, and some times more at the end.
     """
     began = time.time()
-    forwarder, pause, complaint = None, POLL_S, ""
+    forwarder, pause, complaint, last_attempts = None, POLL_S, "", LAST_ATTEMPTS
     while True:
         last_pass = parent_gone.is_set()
         try:
             forwarder = forwarder or open_forwarder()
-            sent = forwarder.send_new()
+            forwarder.send_new()
             if last_pass:
                 forwarder.close_if_unfinished()
             # An older ending may lie in the journal while the trainer is still starting up.
-            if last_pass or any(event["event"] in ("finished", "stopped") and event["time"] >= began for event in sent):
+            if last_pass or forwarder.ended_since(began):
                 return True
             pause = POLL_S
         except UserError:
@@ -218,20 +53,71 @@ def follow(open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event
         except Exception as error:  # this process is here so that nothing MLflow does can reach training
             if str(error) != complaint:
                 complaint = str(error)
-                report(f"MLflow does not take what training tells (trying again): {complaint}")
+                report(_in_words(error))
             if last_pass:
-                return False
+                last_attempts -= 1
+                if not last_attempts:
+                    return False
+                time.sleep(POLL_S)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         parent_gone.wait(pause)
 
 
-def open_forwarder(project: Project, name: str, lock: FileLock) -> Forwarder:
+def _in_words(error: Exception) -> str:
+    if isinstance(error, NoLease):
+        return str(error)
+    if isinstance(error, Timeout):
+        return "another process sends this journal; waiting for it"
+    return f"MLflow does not take what training tells (trying again): {error}"
+
+
+def send_once(open_forwarder: Callable[[], Forwarder], trains: Callable[[], bool], on_sent: Callable[[int], None] | None = None) -> int:
+    """Send what MLflow has not got; the number of events. A connection that breaks is tried again, an outage is raised.
+
+    `trains`: whether the trainer is alive. If it is not, a run without a last word has failed.
+    """
+    attempts, sent, forwarder = LAST_ATTEMPTS, 0, None
+
+    def count(events: int) -> None:
+        nonlocal sent
+        sent += events
+        if on_sent:
+            on_sent(sent)
+
+    while True:
+        try:
+            forwarder = forwarder or open_forwarder()
+            forwarder.send_new(count)
+            if not trains():
+                forwarder.close_if_unfinished()
+            return sent
+        except (UserError, NoLease, Timeout):
+            raise
+        except Exception:
+            attempts -= 1
+            if not attempts:
+                raise
+            time.sleep(POLL_S)
+
+
+def open_forwarder(project: Project, name: str, lock: FileLock, report: Report | None = None) -> Forwarder:
     """The forwarder of an experiment's run. `lock` keeps a second one out; Timeout while another process has it."""
     lock.acquire()
     run_folder = project.run_folder(name)
     config = read_config(run_folder)
     client = connect(project, project.experiment(name))
-    return Forwarder(client, training_run(client, project, name, config), run_folder, config.digest)
+    return Forwarder(client, training_run(client, project, name, config), run_folder, config.digest, report)
+
+
+def tracking_lock(project: Project, name: str) -> FileLock:
+    """Held by the process that sends an experiment's journal."""
+    return FileLock(project.run_folder(name).path / ".tracking.lock", timeout=0)
+
+
+def trainer_lives(project: Project, name: str) -> bool:
+    """Whether a trainer of this machine works on the experiment."""
+    trainer = read_json(project.run_folder(name).lock.with_suffix(".json"))
+    return bool(trainer and psutil.pid_exists(trainer["pid"]))
 
 
 def _watch_stdin(parent_gone: threading.Event) -> None:
@@ -250,31 +136,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tasks.forwarder", description="Send the journal of EXPERIMENT to MLflow.")
     parser.add_argument("experiment")
     parser.add_argument("--follow", action="store_true", help="go on until training ends or standard input closes")
+    parser.add_argument("--json", action="store_true", help="print after each call how many events were sent")
     options = parser.parse_args(arguments)
+    # Whatever fails is tried again here, after a look at what MLflow has. Its client would repeat a request whose answer was lost, and
+    # make a second run, and sleep for as long as a server's Retry-After says.
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     try:
         project = find_project()
-        lock = FileLock(project.run_folder(options.experiment).path / ".tracking.lock", timeout=0)
+        lock = tracking_lock(project, options.experiment)
         if not options.follow:
-            open_forwarder(project, options.experiment, lock).send_new()
-            return 0
+            return _once(project, options.experiment, lock, options.json)
         parent_gone = threading.Event()
         if not sys.stdin.isatty():
             # The signals are meant for the trainer, whose last word comes after them; when to end is for the parent to say.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _watch_stdin(parent_gone)
-        sent_all = follow(lambda: open_forwarder(project, options.experiment, lock), parent_gone, _say)
+        sent_all = follow(lambda: open_forwarder(project, options.experiment, lock, _say), parent_gone, _say)
     except UserError as error:
         _say(str(error))
         return EXIT_USER
     except Exception as error:
-        _say(f"MLflow did not take the journal; the next start goes on from there: {error}")
+        _say(str(error) if isinstance(error, NoLease) else f"MLflow did not take the journal; the next start goes on from there: {error}")
         return EXIT_FAULT
     return 0 if sent_all else EXIT_FAULT
 
 
+def _once(project: Project, name: str, lock: FileLock, as_json: bool) -> int:
+    def on_sent(events: int) -> None:
+        if as_json:
+            print(json.dumps({"sent": events}), flush=True)
+
+    try:
+        send_once(lambda: open_forwarder(project, name, lock, _say), lambda: trainer_lives(project, name), on_sent)
+    except Timeout:
+        if as_json:
+            print(json.dumps({"sent_by_training": True}), flush=True)
+        else:
+            _say(f"the training of {name} that runs sends its journal itself")
+    return 0
+
+
 def _say(message: str) -> None:
-    print(f"tracking: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"tracking: {redacted(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

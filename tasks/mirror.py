@@ -56,8 +56,8 @@ def mirroring(project: Project, name: str, lease: Lease) -> Iterator[None]:
 
 
 def bring_back(project: Project, name: str) -> Checkpoint | None:
-    """Where the training has not come as far as its copies: fetch the whole ones, the newest first, and the journal. Returns the newest; None
-    if there is nothing to do.
+    """Where the training has not come as far as its copies: fetch the whole ones, the newest first, and the journal. Returns the
+    newest; None if there is nothing to do.
 
     A storage that cannot be read is told of on standard error and is no reason not to train.
 

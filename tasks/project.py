@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from model import disk
 from model.config import Experiment
 from model.errors import UserError
 from model.params import check_experiment_name, load_experiment, read_yaml
@@ -72,9 +72,7 @@ class Project:
             if name in recorded and recorded[name] == overrides:
                 return
             text = yaml.safe_dump({"overrides": {**recorded, name: overrides}}, sort_keys=False, allow_unicode=True, width=120)
-            partial = scratch / OVERRIDES
-            partial.write_text(_OVERRIDES_HEADER + text, encoding="utf-8")
-            os.replace(partial, self.root / OVERRIDES)
+            disk.write_file(self.root / OVERRIDES, (_OVERRIDES_HEADER + text).encode())
 
     def storage(self, experiment: Experiment) -> str:
         """`storage.base_folder`: an absolute local folder, or the URL as it is."""
@@ -114,8 +112,14 @@ def find_project(start: Path | None = None) -> Project:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file that a stage wrote; None if it is not there (yet)."""
+    """The value of a JSON file that a stage wrote; None if it is not there (yet).
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: is not JSON any more; bring it back (dvc checkout), or remove it and run its stage again") from None

@@ -7,6 +7,10 @@ imports nothing of `tasks`. The weights are looked for in this order, and their 
 2. where they lay when they were registered: the absolute path, then the same path below the current folder;
 3. any checkpoint with this digest in the project's run folders: it may have been set aside.
 
+A reference that was tampered with leads nowhere: whatever the path, weights with another digest are refused, and nothing of a checkpoint
+is unpickled. The code is the model's own, as with every model from code: who can write the registry's artifacts can change what runs.
+Load with MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false in the environment, so that nobody's pickle takes the place of this file.
+
 Another place can be named when loading: `mlflow.pyfunc.load_model(uri, model_config={"path": "/disk/step_00001000"})`.
 """
 
@@ -42,6 +46,8 @@ def complaint_about(folder: Path, digest: str) -> str | None:
         for name in NEEDED:
             if file_sha256(folder / name) != json.loads(manifest)["files"][name]["sha256"]:
                 return f"{name} is not what was written (SHA-256 differs)"
+    except (ValueError, LookupError, TypeError, RecursionError) as error:  # a path with a NUL; a manifest that is none
+        return f"not a checkpoint ({error!r:.100})"
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror or error}"
     return None

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from model.secrets import redacted
 from tasks.project import Project, find_project
 
 Step = Callable[[Project, str], None]
@@ -24,14 +25,15 @@ def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `step(project, experiment)` for the experiment named on the command line, and exit.
 
     0 done · 1 a fault (with its traceback) · 2 the user's mistake · 75 stopped, the same command goes on.
-    SIGTERM and SIGINT arrive in the step as `Stopped`; a step that would rather finish something first sets handlers of its own.
+    SIGTERM, SIGINT and Windows' SIGBREAK arrive in the step as `Stopped`; a step that would rather finish something first sets handlers
+    of its own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         _say(f"give one experiment's name: python -m tasks.{step.__name__} quickstart")
         sys.exit(EXIT_USER)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    for number in stop_signals():
+        signal.signal(number, _stop)
     try:
         step(find_project(), arguments[0])
     except UserError as error:
@@ -41,14 +43,19 @@ def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
         _say(f"{STOPPED}{stopped}")
         sys.exit(EXIT_STOPPED)
     except Exception as error:
-        traceback.print_exc()
+        print(redacted("".join(traceback.format_exception(error))).rstrip(), file=sys.stderr)
         _say(f"{type(error).__name__}: {error}")
         sys.exit(EXIT_FAULT)
     sys.exit(0)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask for a stop on this system: Ctrl-C's and SIGTERM, on Windows Ctrl-Break's, too."""
+    return [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGBREAK") if name in signal.Signals.__members__]
+
+
 def _say(message: str) -> None:
-    print(ERROR + " ".join(message.split()), file=sys.stderr, flush=True)
+    print(ERROR + " ".join(redacted(message).split()), file=sys.stderr, flush=True)
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:

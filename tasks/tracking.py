@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from model import disk
 from model.checkpoint.store import MANIFEST, MODEL, STATE, NotWhole
 from model.config import Experiment, RunConfig
 from model.errors import UserError
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder
+from model.secrets import redacted
 from model.training.journal import read_all
 from tasks.project import Project
 
@@ -136,7 +138,9 @@ def training_run(client: MlflowClient, project: Project, name: str, config: RunC
         else:
             tags = {"experiment": name, "config_digest": config.digest, "dataset_digest": config.dataset.digest}
             tags |= {"dataset_revision": config.dataset.revision} if config.dataset.revision else {}
-            run = client.create_run(experiment, _began(run_folder, config), tags, f"{name}-{config.digest[:8]}")
+            client.create_run(experiment, _began(run_folder, config), tags, f"{name}-{config.digest[:8]}")
+            # A request that was repeated because its answer was lost made two: all take the first.
+            run = client.search_runs([experiment], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])[0]
         run_id = str(run.info.run_id)
         if not run.inputs.dataset_inputs:  # logged last: an earlier process may have been killed before
             _describe(client, run_id, config)
@@ -146,12 +150,13 @@ def training_run(client: MlflowClient, project: Project, name: str, config: RunC
 def _describe(client: MlflowClient, run_id: str, config: RunConfig) -> None:
     from mlflow.entities import Dataset, DatasetInput, Param
 
-    params = [Param(field, value[:6000]) for field, value in _flat(config.model_dump(mode="json"))]
+    params = [Param(field, redacted(value)[:6000]) for field, value in _flat(config.model_dump(mode="json"))]
     for start in range(0, len(params), 100):  # MLflow's own limit
         client.log_batch(run_id, params=params[start : start + 100], synchronous=True)
-    source = json.dumps({"path": config.data.path, "revision": config.dataset.revision})
+    path = redacted(config.data.path)
+    source = json.dumps({"path": path, "revision": config.dataset.revision})
     profile = json.dumps({"samples": config.dataset.samples, "train_samples": config.dataset.train_samples})
-    dataset = Dataset(config.data.path[:500], config.dataset.digest[:DIGEST_LENGTH], "parquet", source, profile=profile)
+    dataset = Dataset(path[:500], config.dataset.digest[:DIGEST_LENGTH], "parquet", source, profile=profile)
     client.log_inputs(run_id, [DatasetInput(dataset, [])])
 
 
@@ -212,6 +217,24 @@ def champion_digest(client: MlflowClient, name: str) -> str | None:
             return None
         raise
     return client.get_model_version(name, version).tags.get(DIGEST_TAG) if version else None
+
+
+def note_aliases(client: MlflowClient, run_folder: RunFolder) -> None:
+    """Write down in the run folder which checkpoints the registry's aliases name, whoever set them: the trainer, which asks no server,
+    deletes none of these."""
+    from mlflow import MlflowException
+
+    name = run_folder.experiment
+    try:
+        versions = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        versions = {}
+    digests = {alias: client.get_model_version(name, str(version)).tags.get(DIGEST_TAG) for alias, version in versions.items()}
+    text = json.dumps({alias: digest for alias, digest in digests.items() if digest}, indent=1, sort_keys=True) + "\n"
+    if not run_folder.aliases.exists() or run_folder.aliases.read_text(encoding="utf-8") != text:
+        disk.write_file(run_folder.aliases, text.encode())
 
 
 def set_champion(client: MlflowClient, name: str, digest: str) -> None:

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from model.config import Experiment
 from model.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from model.params import read_long_yaml
+from model.secrets import redacted
 from tasks.project import Project
 from tasks.steps import ERROR, STOPPED
 
@@ -152,7 +153,7 @@ def configure_remote(project: Project, experiment: Experiment) -> None:
     change = ["--unset", REMOTE, "url"] if committed == url else [REMOTE, "url", url]
     result = _dvc(project, "remote", "modify", "--local", *change)
     if result.returncode:
-        raise StageFailed(f"storage.base_folder: DVC does not take {url} as a remote: {result.stderr.strip()}")
+        raise StageFailed(f"storage.base_folder: DVC does not take {url} as a remote: {redacted(result.stderr.strip())}")
 
 
 def _remote_url(project: Project, name: str) -> str | None:
@@ -172,8 +173,9 @@ def _targets(experiment: str) -> list[str]:
 def _recorded_stages(project: Project) -> set[str]:
     """The stages that DVC has a record of: `train@quickstart`, …"""
     lock = project.root / "dvc.lock"
-    recorded = yaml.safe_load(lock.read_text(encoding="utf-8")) if lock.exists() else None
-    return set((recorded or {}).get("stages") or {})
+    recorded = read_long_yaml(lock) if lock.exists() else None
+    stages = recorded.get("stages") if isinstance(recorded, dict) else None
+    return set(stages) if isinstance(stages, dict) else set()
 
 
 def _changed_stages(project: Project, experiment: str, stages: Sequence[str]) -> set[str] | None:
@@ -185,7 +187,7 @@ def _changed_stages(project: Project, experiment: str, stages: Sequence[str]) ->
         return {target.partition("@")[0] for target in json.loads(result.stdout)}
     if _is_busy(result.stderr.splitlines()):
         return None
-    raise StageFailed("dvc status: " + " ".join(result.stderr.split()))
+    raise StageFailed("dvc status: " + " ".join(redacted(result.stderr).split()))
 
 
 def _dvc(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -252,7 +254,7 @@ def _pump(process: subprocess.Popen[str], arriving: queue.Queue[str | None]) -> 
     assert process.stdout is not None
     for line in process.stdout:
         if line.strip():
-            arriving.put(line.rstrip())
+            arriving.put(redacted(line.rstrip()))
     arriving.put(None)
 
 

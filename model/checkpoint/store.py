@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,11 +140,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise NotWhole(f"{folder.name}/{MANIFEST} is not the manifest of a checkpoint")
     for name, entry in files.items():
         try:
-            found = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError:
             raise NotWhole(f"{folder.name}/{name} is missing") from None
-        if found != entry["size"]:
-            raise NotWhole(f"{folder.name}/{name} has {found:,} bytes, not {entry['size']:,}")
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
+            raise NotWhole(f"{folder.name}/{name} is not a file")
+        if found.st_size != entry["size"]:
+            raise NotWhole(f"{folder.name}/{name} has {found.st_size:,} bytes, not {entry['size']:,}")
     return files
 
 

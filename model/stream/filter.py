@@ -23,6 +23,8 @@ from model.errors import UserError
 Mask = Callable[[pa.RecordBatch], pa.BooleanArray]
 """Which rows of a batch pass; never null."""
 
+MAX_CHARACTERS = 1000
+"""Of a filter; far below what Python's parser and stack stand."""
 _EXAMPLE = "write for example language == 'en' and words > 50"
 _ORDER = {ast.Lt: pc.less, ast.LtE: pc.less_equal, ast.Gt: pc.greater, ast.GtE: pc.greater_equal}
 
@@ -47,12 +49,15 @@ def parse_filter(text: str) -> Filter:
     Raises:
         UserError: not such an expression; the message starts with `data.filter`.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise _refused(f"longer than {MAX_CHARACTERS:,} characters")
+    columns: set[str] = set()
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        mask = _compile(ast.parse(text.strip(), mode="eval").body, columns)
+    except UserError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise _refused(f"{text!r} cannot be read") from None
-    columns: set[str] = set()
-    mask = _compile(tree.body, columns)
     return Filter(text, frozenset(columns), mask)
 
 

@@ -96,6 +96,8 @@ def _train(folder: RunFolder, machine: Machine, stop: StopRequest, named: Path |
 
 def _said(error: BaseException) -> int:
     """Say what went wrong, unless another rank does; returns the exit code."""
+    from model.secrets import redacted
+
     silent = isinstance(error, SaidByFirst)
     if isinstance(error, SaidByFirst):
         error = error.error
@@ -111,7 +113,7 @@ def _said(error: BaseException) -> int:
     elif not isinstance(error, NoWholeCheckpoint | TooManyBadSteps):
         line = "".join(traceback.format_exception(error)).rstrip()
     if not silent:
-        print(line, file=sys.stderr, flush=True)
+        print(redacted(line), file=sys.stderr, flush=True)
     return code
 
 

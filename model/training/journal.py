@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from model import disk
+from model.secrets import redacted
 
 Event = dict[str, Any]
 
@@ -90,6 +91,8 @@ class Journal:
         Raises:
             UserError: the fence's.
         """
+        if event in ("warning", "stopped"):  # they quote errors, and those quote URLs
+            fields = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
         with self._lock:
             self._fence()
             record = self._add(event, fields)

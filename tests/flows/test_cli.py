@@ -21,7 +21,7 @@ from tasks.project import Project
 from tests.tasks.conftest import NAME, make_project, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "plan", "benchmark", "generate", "export", "services")
+COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "plan", "benchmark", "generate", "export", "sync", "services")
 Answer = tuple[int, str, str]
 """Exit code, standard output, standard error."""
 
@@ -91,6 +91,8 @@ def test_help_waits_for_no_heavy_import() -> None:
         (["data", "nothing"], "nothing"),
         (["data", NAME], "data.path: somewhere"),
         (["data", NAME, "--show", "-1"], "--show"),
+        (["sync", "nothing"], "nothing"),
+        (["sync", NAME], "nothing to send yet"),
         (["plan", "nothing"], "nothing"),
         (["plan", NAME, "--set", "training.max_stepz=3"], "training.max_stepz"),
         (["plan", NAME, "--gpu", "H101"], "H101"),

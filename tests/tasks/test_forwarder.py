@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from model.training.journal import Journal, read_all
-from tasks import tracking
-from tasks.forwarder import CURSOR, POINTS_A_CALL, Forwarder
+from tasks import lease, tracking
+from tasks.journal_sender import CURSOR, POINTS_A_CALL, WARNINGS, Forwarder, NoLease
 from tasks.project import Project
 from tests.tasks.conftest import NAME, Server, write_config
 
@@ -133,7 +135,163 @@ def test_a_long_journal_goes_in_calls_that_mlflow_takes(project: Project, monkey
     )
     sender.send_new()
     assert max(sizes) <= POINTS_A_CALL
-    assert len(sizes) == 3  # 4 figures a step
+    assert len(sizes) == 4  # 4 figures a step
+    assert points(project) == told(project)
+
+
+@pytest.mark.parametrize("figures", [997, 998, 999, 1000])
+def test_the_cursor_is_never_ahead_of_the_points(project: Project, monkeypatch: pytest.MonkeyPatch, figures: int) -> None:
+    """MLflow's client makes several calls of one batch that is too large for one, and the tags go with the first."""
+    training = Training(project)
+    training.start()
+    sender = forwarder(project)
+    sender.send_new()
+    training.journal.append("step", step=1, **{f"figure_{n}": float(n) for n in range(figures)})
+    calls: list[tuple[int, bool]] = []
+    store = type(sender._client._tracking_client.store)
+    log_batch = store.log_batch
+
+    def noted(self: Any, run_id: str, metrics: Any, params: Any, tags: Any) -> None:
+        calls.append((len(metrics), any(tag.key == CURSOR for tag in tags)))
+        log_batch(self, run_id, metrics, params, tags)
+
+    monkeypatch.setattr(store, "log_batch", noted)
+    sender.send_new()
+    assert sum(size for size, _ in calls) == figures
+    assert [size for size, with_cursor in calls if not with_cursor] == [POINTS_A_CALL]
+    assert calls[-1] == (figures - POINTS_A_CALL, True)
+
+
+def test_mlflow_that_goes_between_two_questions_loses_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, sender = Training(project), forwarder(project)
+    training.start()
+    training.steps(1, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sender._client), "get_run", lambda *arguments: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            sender.send_new()
+    assert len(sender.send_new()) == 6
+    assert points(project) == told(project)
+
+
+def bad_events(training: Training) -> None:
+    """Such as MLflow refuses, among such as it takes."""
+    training.journal.append("started", step=10, config_digest=training.digest, device="x" * 10_000)
+    training.steps(11, 20)
+    training.journal.append("step", step=21, **{"loss": 1.0, "a name; it has: what MLflow\n refuses": 2.0})
+    training.journal.append("step", step=2**70, loss=1.0)
+    training.journal.append("step", step="many", loss=1.0)
+    training.journal.append("step", step=23, loss=10**400)
+    training.steps(24, 30)
+
+
+def test_one_event_that_mlflow_refuses_holds_up_nothing(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 10)
+    bad_events(training)
+    said: list[str] = []
+    sender = forwarder(project)
+    sender._report = said.append
+    sender.send_new()
+    good = [*range(1, 21), *range(24, 31)]
+    assert [step for step, _, _ in points(project)] == good
+    assert len(said) == 4
+    assert all("passed over" in line for line in said)
+    assert "step 21" in said[0]
+    assert "a name" in said[0]
+    assert "last_refused" in run_of(project).data.tags
+    assert forwarder(project).send_new() == []
+
+
+def test_when_mlflow_refuses_everything_nothing_is_passed_over(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 10)
+    sender = forwarder(project)
+    sender.send_new()
+    sender._client.delete_run(sender._run_id)
+    training.steps(11, 20)
+    with pytest.raises(Exception, match="active"):
+        sender.send_new()
+    sender._client.restore_run(sender._run_id)
+    sender.send_new()
+    assert points(project) == told(project)
+
+
+def test_a_rotten_line_is_told_of_and_passed_over(project: Project) -> None:
+    training, said = Training(project), []
+    training.start()
+    training.steps(1, 5)
+    with training.folder.journal.open("ab") as file:
+        file.write(b"\x00\x00rot\n[]\n{}\n" + b'{"seq": 1, "time": NaN, "event": "step"}\n')
+    training.steps(6, 9)
+    sender = forwarder(project)
+    sender._report = said.append
+    sender.send_new()
+    assert len(said) == 4
+    assert points(project) == told_of_lines(project)
+
+
+def told_of_lines(project: Project) -> list[tuple[int, float, int]]:
+    """`told`, from a journal of which not every line can be read."""
+    found = []
+    for line in project.run_folder(NAME).journal.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            event = json.loads(line)
+            if event["event"] == "step" and event["time"] == event["time"]:
+                found.append((event["step"], event["loss"], round(event["time"] * 1000)))
+    return found
+
+
+def test_every_warning_can_be_read_in_mlflow(project: Project) -> None:
+    training, sender = Training(project), forwarder(project)
+    training.start()
+    for step in (3, 5):
+        training.journal.append("warning", step=step, kind="disk", message=f"{step} GB\nleft")
+        sender.send_new()
+    training.journal.append("warning", step=7, kind="spike", message="of the gradient")
+    forwarder(project).send_new()  # another process: it tells of the earlier ones, too
+    run = run_of(project)
+    assert (run.data.tags["warnings"], run.data.tags["last_warning"]) == ("3", "step 7: of the gradient")
+    client = tracking.connect(project, project.experiment(NAME))
+    lines = Path(client.download_artifacts(run.info.run_id, WARNINGS, str(project.root))).read_text(encoding="utf-8").splitlines()
+    assert [line.partition("UTC  ")[2] for line in lines] == [
+        "step 3  disk: 3 GB left",
+        "step 5  disk: 5 GB left",
+        "step 7  spike: of the gradient",
+    ]
+
+
+def test_files_that_cannot_be_stored_delay_no_curve(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, sender = Training(project), forwarder(project)
+    training.start()
+    training.journal.append("sample", step=0, prompt="Q", text="A")
+    training.steps(1, 5)
+    training.end("finished", 5)
+    began = time.time() - 60
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sender._client), "log_text", lambda *arguments: (_ for _ in ()).throw(PermissionError("no bucket")))
+        with pytest.raises(PermissionError):
+            sender.send_new()
+    assert points(project) == told(project)
+    assert sender.ended_since(began)
+    forwarder(project).send_new()
+    client = tracking.connect(project, project.experiment(NAME))
+    assert Path(client.download_artifacts(run_of(project).info.run_id, "samples/step_00000000.txt", str(project.root))).read_text() == "QA"
+
+
+def test_a_machine_without_the_lease_sends_nothing_until_it_has_it(project: Project) -> None:
+    training, sender = Training(project), forwarder(project)
+    training.start()
+    training.steps(1, 5)
+    fence = lease.fence(training.folder)
+    fence.write_text(json.dumps({"valid_until": time.time() - 1, "token": 1}))
+    with pytest.raises(NoLease, match="trained elsewhere"):
+        sender.send_new()
+    assert points(project) == []
+    fence.write_text(json.dumps({"valid_until": time.time() + 60, "token": 3}))
+    sender.send_new()
     assert points(project) == told(project)
 
 

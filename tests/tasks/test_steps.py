@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,9 +27,11 @@ run_step(a_step)
 """
 
 
-def start(project: Project, body: str, *arguments: str) -> subprocess.Popen[str]:
+def start(project: Project, body: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", STEP.format(body=body), *arguments]
-    return subprocess.Popen(command, cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=project.root, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,15 @@ def test_a_fault_keeps_its_traceback_and_ends_with_one_line(new_project: Project
     assert step.returncode == 1
     assert err.startswith("Traceback")
     assert err.splitlines()[-1] == "error: ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("error", ["UserError", "Stopped", "OSError"])
+def test_what_a_step_says_holds_no_secret(new_project: Project, error: str) -> None:
+    body = f"raise {error}('http://me:pl4nted1@host/x says no to pl4nted-token')"
+    step = start(new_project, body, NAME, HF_TOKEN="pl4nted-token")
+    _, err = step.communicate(timeout=60)
+    assert err.splitlines()[-1].endswith("http://***@host/x says no to ***")
+    assert "pl4nted" not in err.replace(body, ""), "the traceback, too"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
