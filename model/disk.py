@@ -8,6 +8,7 @@ of operations is written to that file as they are counted, so that a test knows 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -62,6 +63,7 @@ def rename(source: Path, target: Path) -> None:
 
 def write_file(path: Path, data: Bytes) -> None:
     """Put a whole file in its place, durably: a reader, and a machine after a power cut, find the old one or the new one."""
+    sweep(path.parent, f".{path.name}.")
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with partial.open("wb", buffering=0) as file:
@@ -72,6 +74,21 @@ def write_file(path: Path, data: Bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def sweep(folder: Path, prefix: str) -> None:
+    """Remove what dead processes left half-written: names that begin so, go on with a process's id, and end in `.partial`."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name.startswith(prefix) and path.name.endswith(".partial"):
+            import psutil
+
+            pid = path.name.removeprefix(prefix).split(".")[0]
+            if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif pid.isdigit() and not psutil.pid_exists(int(pid)):
+                path.unlink(missing_ok=True)
 
 
 _counting = bool(os.environ.get("CRASH_AT") or os.environ.get("CRASH_COUNT")) and (Path(__file__).parents[1] / "tests").is_dir()

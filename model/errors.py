@@ -20,6 +20,10 @@ class NoWholeCheckpoint(RuntimeError):
     """Checkpoints lie there, but none is whole; the message lists what was found. Never a reason to start at step 0."""
 
 
+class NotSaved(RuntimeError):
+    """The last checkpoint could not be written; the message is one line."""
+
+
 class TooManyBadSteps(RuntimeError):
     """Training does not get better by going on; the message is one line that says what was seen and what to try."""
 

@@ -144,7 +144,7 @@ def store_scores(folder: Path, key: str, scores: Scores) -> None:
     assert all(math.isfinite(value) for value in scores.summary.values())
     place = folder / key[:24]
     partial = folder / f".{key[:24]}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    disk.sweep(folder, f".{key[:24]}.")
     partial.mkdir(parents=True)
     items = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(scores.items), items)

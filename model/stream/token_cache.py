@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,12 +24,12 @@ import numpy as np
 
 from model import disk
 from model.config import DataConfig
-from model.digest import digest_of
+from model.digest import checked_line, digest_of, parse_checked
 from model.stream.manifest import DatasetManifest
 from model.stream.packing import Documents, OddRows
 from model.stream.shuffle import Block
 
-_FORMAT = 1
+_FORMAT = 2
 _DECIDING = {"filter", "text_template", "id_column", "article_column", "split_by", "train_ratio", "buffer_size", "lanes"}
 """The fields of the data config on which a block's documents depend."""
 
@@ -68,29 +67,30 @@ class LaneCache:
         """Where the last whole record ends."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._read_index()
             with contextlib.suppress(filelock.Timeout):
                 self._lock.acquire(blocking=False)
+            whole = self._read_index()
+            if self._lock.is_locked:  # else another process is writing: what is there by half will be whole
                 self._file = self._tokens.open("ab", buffering=0)
-                self._file.truncate(self._end)
+                if not whole:
+                    warn(f"data.cache: {self._tokens.name} or {self._index.name} was cut short or damaged; what is not whole is made again")
+                    self._file.truncate(self._end)
+                    disk.write_file(self._index, b"".join(map(checked_line, self._records.values())))
         except OSError as error:
             self._stop_writing(error)
 
-    def _read_index(self) -> None:
+    def _read_index(self) -> bool:
+        """Whether both files end where they should, with nothing in them that is not as it was written, as far as the index tells."""
         size = self._tokens.stat().st_size if self._tokens.exists() else 0
-        lines = self._index.read_bytes().split(b"\n")[:-1] if self._index.exists() else []
-        unreadable = 0
-        for line in lines:
-            try:
-                record = json.loads(line)
-                end = record["offset"] + record["bytes"]
-                if end <= size:
-                    self._records[record["file"], record["start"]] = record
-                    self._end = max(self._end, end)
-            except (ValueError, KeyError, TypeError):
-                unreadable += 1
-        if unreadable or len(self._records) < len(lines):
-            self._warn(f"data.cache: {self._index.name} or {self._tokens.name} is damaged; what is not whole is made again")
+        whole = True
+        for line in self._index.read_bytes().splitlines(keepends=True) if self._index.exists() else []:
+            record = parse_checked(line)
+            if record is None or record["offset"] + record["bytes"] > size:
+                whole = False
+                continue
+            self._records[record["file"], record["start"]] = record
+            self._end = max(self._end, record["offset"] + record["bytes"])
+        return whole and size == self._end
 
     def read(self, block: Block) -> CachedBlock | None:
         """The documents of a block, or None if they are not here, or not as they were written."""
@@ -102,7 +102,7 @@ class LaneCache:
             data = np.asarray(np.memmap(self._tokens, np.uint8, "r", int(record["offset"]), (int(record["bytes"]),)))
         if _seal(block, data.data) != record.get("sha256"):
             del self._records[block.file, block.start]
-            self._warn(f"data.cache: a record of {self._tokens.name} is not as it was written; it is made again")
+            self._warn(f"data.cache: a record of {self._tokens.name} ({self._index.name}) is not as it was written; it is made again")
             return None
         return CachedBlock(data, len(block.order))
 
@@ -132,7 +132,7 @@ class LaneCache:
         try:
             disk.write(self._file, data)
             with self._index.open("ab", buffering=0) as index:
-                disk.write(index, (json.dumps(record) + "\n").encode())
+                disk.write(index, checked_line(record))
         except OSError as error:
             self._stop_writing(error)
             return

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,14 +55,21 @@ def validation_windows(manifest: DatasetManifest, data: DataConfig, seed: int, c
     return np.stack(windows)
 
 
-def cached_validation_windows(path: Path, manifest: DatasetManifest, data: DataConfig, seed: int, count: int) -> np.ndarray:
-    """`validation_windows`, read from `path` if they lie there whole and are these, else written there."""
+def cached_validation_windows(
+    path: Path, manifest: DatasetManifest, data: DataConfig, seed: int, count: int, warn: Callable[[str], None] = lambda message: None
+) -> np.ndarray:
+    """`validation_windows`, read from `path` if they lie there whole and are these, else written there. `warn` is told of damage."""
     key = digest_of([_CACHE_FORMAT, manifest.digest, data.model_dump(mode="json", exclude={"path", "revision", "cache"}), seed, count])
     if path.exists():
+        found, whole = None, False
         with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "numpy") as file:
             windows: np.ndarray = file.get_tensor("windows")
-            if file.metadata() == {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}:
+            found = file.metadata() or {}
+            whole = found.get("sha256") == hashlib.sha256(windows.tobytes()).hexdigest()
+            if whole and found.get("key") == key:
                 return windows
+        if not whole:
+            warn(f"{path.name} is not as it was written; it is made again")
     windows = validation_windows(manifest, data, seed, count)
     with contextlib.suppress(OSError):  # they are made again next time
         disk.write_file(path, save({"windows": windows}, {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}))

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, NoWholeCheckpoint, SaidByFirst, Stopped, TooManyBadSteps, UserError
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, NotSaved, NoWholeCheckpoint, SaidByFirst, Stopped, TooManyBadSteps, UserError
 from model.training.stop import StopRequest  # what is imported here is imported before a signal can be heard: little
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _train(folder: RunFolder, machine: Machine, stop: StopRequest, named: Path |
 
 def _said(error: BaseException) -> int:
     """Say what went wrong, unless another rank does; returns the exit code."""
-    from model.secrets import redacted
+    from model.say import say
 
     silent = isinstance(error, SaidByFirst)
     if isinstance(error, SaidByFirst):
@@ -110,15 +110,16 @@ def _said(error: BaseException) -> int:
         code = EXIT_USER
     elif isinstance(error, OSError) and error.errno in _DISK_SAYS_NO:
         line = f"error: {error.filename or 'the disk'}: {error.strerror}; nothing that was saved is lost, the same command goes on"
-    elif not isinstance(error, NoWholeCheckpoint | TooManyBadSteps):
+    elif not isinstance(error, NoWholeCheckpoint | NotSaved | TooManyBadSteps):
         line = "".join(traceback.format_exception(error)).rstrip()
     if not silent:
-        print(redacted(line), file=sys.stderr, flush=True)
+        say(line)
     return code
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # a thread may wait inside pyarrow for a source that does not answer: the interpreter's own end would crash over it

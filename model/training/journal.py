@@ -21,23 +21,23 @@ the line, so that no flipped bit is taken for a figure:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from model import disk
+from model.digest import checked_line, parse_checked
+from model.say import say
 from model.secrets import redacted
 
 Event = dict[str, Any]
 
-_CHECK = ', "check": "'
+parse = parse_checked
+"""The event of one whole line; None if it is not the line that was written."""
 
 
 class Journal:
@@ -98,12 +98,12 @@ class Journal:
             record = self._add(event, fields)
             self._write()
         if event == "warning":
-            print(f"warning: {fields['message']}", file=sys.stderr, flush=True)
+            say(f"warning: {fields['message']}")
         return record
 
     def _add(self, event: str, fields: dict[str, Any]) -> Event:
         record = {"seq": self._seq, "time": round(time.time(), 3), "event": event, **fields}
-        self._unwritten.append(_line(record))
+        self._unwritten.append(checked_line(record))
         self._seq += 1
         return record
 
@@ -120,7 +120,7 @@ class Journal:
                 raise
             if self._failed is None:
                 self._failed = f"{self.path.name} could not be written ({error.strerror or error}); its events were kept and came later"
-                print(f"warning: {self.path}: {error.strerror or error}; its events are kept until it can be written", file=sys.stderr)
+                say(f"warning: {self.path}: {error.strerror or error}; its events are kept until it can be written")
             return False
         self._end += sum(map(len, self._unwritten))
         self._unwritten.clear()
@@ -146,7 +146,7 @@ class Journal:
         try:
             self.sync()
         except OSError as error:
-            print(f"warning: the last {len(self._unwritten)} events are not in the journal: {error}", file=sys.stderr, flush=True)
+            say(f"warning: the last {len(self._unwritten)} events are not in the journal: {error}")
         self._file.close()
 
 
@@ -165,30 +165,12 @@ class Silence:
         """Nothing was opened."""
 
 
-def _line(record: Event) -> bytes:
-    text = json.dumps(record, ensure_ascii=False)
-    return f'{text[:-1]}{_CHECK}{zlib.crc32(text.encode()):08x}"}}\n'.encode()
-
-
-def parse(line: bytes) -> Event | None:
-    """The event of one whole line, without its check; None if it is not the line that was written."""
-    try:
-        text, _, check = line.decode().rpartition(_CHECK)
-        text += "}"
-        if check != f'{zlib.crc32(text.encode()):08x}"}}\n':
-            return None
-        event: Event = json.loads(text)
-    except ValueError:
-        return None
-    return event
-
-
 def _lines(path: Path) -> list[tuple[bytes, Event | None]]:
     """The lines and their events, None where one is damaged; without what a kill tore at the end. A missing file has none."""
     if not path.exists():
         return []
     lines = (line + b"\n" for line in path.read_bytes().split(b"\n")[:-1])
-    return [(line, parse(line)) for line in lines]
+    return [(line, parse_checked(line)) for line in lines]
 
 
 def read_all(path: Path) -> list[Event]:

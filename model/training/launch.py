@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from model.device import pick_device
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
 from model.run_folder import RunFolder
+from model.say import say
 from model.stream.batches import check_shares
 from model.training.run import Machine, read_run
 from model.training.stop import StopRequest
@@ -77,6 +78,6 @@ def launch(folder: RunFolder, machine: Machine, arguments: list[str], stop: Stop
                 rank.send_signal(signal.SIGTERM)
     if killed := [code for code in codes if code < 0]:
         if not stop:
-            print(f"a rank was killed by signal {-killed[0]}; the same command goes on from the last checkpoint", file=sys.stderr)
+            say(f"a rank was killed by signal {-killed[0]}; the same command goes on from the last checkpoint")
         return EXIT_STOPPED
     return next((code for code in (EXIT_USER, EXIT_FAULT, EXIT_STOPPED) if code in codes), 0 if codes == [0] else EXIT_FAULT)

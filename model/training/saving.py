@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWriting
 from typing import Any
@@ -21,6 +21,7 @@ from model.config import RunConfig
 from model.errors import UserError
 from model.huggingface import METADATA, seen_by_hugging_face
 from model.run_folder import RunFolder
+from model.say import say
 from model.stream.batches import State, merged_state
 from model.stream.packing import OddRows
 from model.training.bad_steps import BadSteps
@@ -32,6 +33,9 @@ from model.training.lock import Fence
 
 _PATIENCE_S = 60.0
 """How long training waits for a disk that is still writing the checkpoint before; once, then it goes on without the new one."""
+
+_LAST_PATIENCE_S = 240.0
+"""How long a training that ends waits for it; less than other ranks wait for the first."""
 
 
 class Saver:
@@ -88,7 +92,8 @@ class Saver:
         if self._step == step:
             return
         began = time.perf_counter()
-        if not self._ranks.from_first(lambda: self._disk_is_free(step)):
+        weights, optimizer = seen_by_hugging_face(self._engine.weights()), self._engine.optimizer_state()
+        if not self._ranks.from_first(lambda: self._disk_is_free(step) and self._there_is_room(step, weights, optimizer)):
             return
         if stream is not None and odd_rows is not None:
             stream = merged_state(self._ranks.gather_objects(stream))
@@ -105,8 +110,9 @@ class Saver:
             "versions": versions(),
             "code": code_identity(),
         }
-        self._copy(MODEL, seen_by_hugging_face(self._engine.weights()), METADATA)
-        self._copy(OPTIMIZER, self._engine.optimizer_state(), None)
+        with _one_thread():
+            self._copy(MODEL, weights)
+            self._copy(OPTIMIZER, optimizer)
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
         self._step = step
@@ -124,10 +130,21 @@ class Saver:
         self._patience = _PATIENCE_S
         return True
 
-    def _copy(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
-        """Copy tensors, each of them whole, into the memory of a file, which is made once."""
-        if self._ranks.first and not (name in self._images and self._images[name].fits(tensors)):
-            self._images[name] = Image(tensors, pinned=self._engine.device.type == "cuda", metadata=metadata)
+    def _there_is_room(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> bool:
+        """In memory, which is taken once: for the images of both files."""
+        pinned = self._engine.device.type == "cuda"
+        try:
+            for name, tensors, metadata in ((MODEL, weights, METADATA), (OPTIMIZER, optimizer, None)):
+                if name not in self._images or not self._images[name].fits(tensors):
+                    self._images[name] = Image(tensors, pinned, metadata)
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError
+            message = f"{name_of(step)} was not written: there is no memory to copy it to: {str(error).splitlines()[0]}"
+            self._journal.append("warning", step=step, kind="checkpoint", message=message)
+            return False
+        return True
+
+    def _copy(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors, each of them whole, into the image of a file."""
         for key, tensor in tensors.items():
             complete = whole(tensor)
             if self._ranks.first:
@@ -167,7 +184,7 @@ class Saver:
 
     def _written(self) -> Checkpoint | None:
         try:
-            return self._writing.result(_PATIENCE_S)
+            return self._writing.result(_LAST_PATIENCE_S)
         except StillWriting:
             return None
 
@@ -195,8 +212,20 @@ class Saver:
         try:
             done.result(_PATIENCE_S)
         except StillWriting:
-            print("warning: the disk does not take the last checkpoint; the one before is whole", file=sys.stderr, flush=True)
+            say("warning: the disk does not take the last checkpoint; the one before is whole")
         self._jobs.shutdown(wait=False)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A copy is as fast as the memory is. Several threads gain some milliseconds on an idle machine, and on a busy one lose seconds by
+    waiting for each other (docs/experiments.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _json(value: Any) -> bytes:

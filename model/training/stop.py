@@ -1,6 +1,7 @@
 """Being asked to stop: signals set a flag, the loop looks at it, nothing is done inside a handler.
 
-Only where nothing could be lost (before a process's first step: imports, compilation, reading) a request ends what is being done at once.
+Only where nothing could be lost (before a process's first step: imports, compilation, reading) a request ends what is being done at once:
+by an exception, and, as libraries swallow those, a little later by leaving.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from model.errors import EXIT_STOPPED, Stopped
+
+_MERCY_S = 1.5
+"""How long `Stopped` may take to end what is being done."""
 
 
 class StopRequest:
@@ -23,6 +27,8 @@ class StopRequest:
         self.reason: str | None = None
         self.interrupted = False
         """Whether `Stopped` was raised for it, wherever that went: libraries wrap and swallow exceptions."""
+        self.last_words: Callable[[], None] = lambda: None
+        """Called before the process is left."""
         self._interruptible = False
 
     def __bool__(self) -> bool:
@@ -44,9 +50,19 @@ class StopRequest:
             self._interruptible = False
 
     def _interrupt(self) -> None:
-        self._interruptible = False
+        if self.interrupted:
+            return
         self.interrupted = True
+        threading.Thread(target=self._leave, name="leave", daemon=True).start()
         raise Stopped(f"stopped ({self.reason}); the same command goes on")
+
+    def _leave(self) -> None:
+        time.sleep(_MERCY_S)
+        if self._interruptible:
+            try:
+                self.last_words()
+            finally:
+                os._exit(EXIT_STOPPED)
 
     def on_signals(self) -> None:
         """SIGINT, SIGTERM (and Windows' Ctrl-Break) ask for a stop. A second SIGINT leaves at once: sealed checkpoints are whole."""

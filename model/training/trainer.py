@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from model import disk
 from model.background import wait_for
 from model.checkpoint.store import MODEL, OPTIMIZER, Checkpoint, name_of
-from model.errors import Stopped, TooManyBadSteps
+from model.errors import NotSaved, Stopped, TooManyBadSteps
 from model.flops import flops_per_token, mfu, peak_flops
 from model.huggingface import read_weights
 from model.run_folder import RunFolder
@@ -48,7 +49,6 @@ _LOADER_THREADS = 4
 """At most, a rank. One tokenizes about 4 M tokens/s."""
 _LAST_SAVE_S = float(os.environ.get("GPT2_LAST_SAVE_S", "600"))
 """How long a finished training tries to write its last checkpoint: somebody may make room on the disk."""
-_BETWEEN_TRIES_S = 1.0
 
 
 class Trainer:
@@ -90,6 +90,7 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
         self.journal = Journal(folder.journal, fence) if ranks.first else Silence()
+        self._stop_told = threading.Lock()
         own = start.checkpoint if start.fork is None else None
         self.resumed_from = own.name if own is not None else None
         self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, own, fence)
@@ -146,6 +147,7 @@ class Trainer:
         try:
             with contextlib.ExitStack() as warming_up:
                 if self.ranks.size == 1:  # ranks must agree on when to leave
+                    self.stop.last_words = lambda: self._record_stop(self.resumed_from)
                     warming_up.enter_context(self.stop.interruptible())
                 self._train(warming_up)
         except Exception:
@@ -333,10 +335,16 @@ class Trainer:
 
     def _tell_stopped(self, checkpoint: str | None) -> NoReturn:
         reason = self.stop.reason
-        self.journal.append("stopped", step=self.step, reason=reason, checkpoint=checkpoint)
+        self._record_stop(checkpoint)
         self._close()
         saved = "" if checkpoint or not self.step else ", which could not be saved"
         raise Stopped(f"stopped at step {self.step}{saved} ({reason}); the same command goes on from {checkpoint or 'the last checkpoint'}")
+
+    def _record_stop(self, checkpoint: str | None) -> None:
+        """Once: a process that is left because it does not end may be doing this already."""
+        if not self._stop_told.acquire(blocking=False):
+            return
+        self.journal.append("stopped", step=self.step, reason=self.stop.reason, checkpoint=checkpoint)
 
     def _close(self) -> None:
         """The journal is whole before any rank leaves: the launcher ends all when one has gone."""
@@ -367,9 +375,9 @@ class Trainer:
         """The checkpoint of the last step. Whoever trained for a week gets some minutes to make room on the disk.
 
         Raises:
-            RuntimeError: it could not be written.
+            NotSaved: it could not be written.
         """
-        deadline = time.monotonic() + _LAST_SAVE_S
+        deadline, pause = time.monotonic() + _LAST_SAVE_S, 1.0
         while True:
             self._save()
             checkpoint = self.saver.wait()
@@ -377,8 +385,18 @@ class Trainer:
                 return checkpoint
             ((stop,), *_) = self.ranks.gather(bool(self.stop) or time.monotonic() > deadline)
             if stop:
-                raise RuntimeError(f"the last checkpoint, {name_of(self.step)}, could not be written; see {self.folder.journal}")
-            time.sleep(_BETWEEN_TRIES_S)
+                raise NotSaved(
+                    f"the last checkpoint, {name_of(self.step)}, could not be written; make room on the disk of {self.folder.path}, and "
+                    "the same command trains the steps since the one before again"
+                )
+            self._sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _sleep(self, seconds: float) -> None:
+        """Somewhat shorter if a stop is asked for."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.stop:
+            time.sleep(0.1)
 
     def _write_metrics(self) -> None:
         last = {event["event"]: event for event in read_current(self.folder.journal)}

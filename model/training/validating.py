@@ -38,7 +38,11 @@ class Validator:
     def read_windows(self) -> np.ndarray:
         """The windows to validate on, uint16 [windows, max_length + 1]."""
         count = self._config.training.eval_iters * self._config.training.batch_size
-        return cached_validation_windows(self._folder.validation_windows, self._manifest, self._config.data, self._config.seed, count)
+        path, data, seed = self._folder.validation_windows, self._config.data, self._config.seed
+        return cached_validation_windows(path, self._manifest, data, seed, count, self._warn)
+
+    def _warn(self, message: str) -> None:
+        self._journal.append("warning", step=0, kind="stream", message=message)
 
     def validate(self, step: int, should_stop: Callable[[], bool]) -> float | None:
         """Tell the journal the loss (nats a token) after `step` steps, and a text; returns the loss, None if `should_stop` said so."""

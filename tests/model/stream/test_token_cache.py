@@ -1,13 +1,13 @@
 """The token cache: the same windows with it, without it, and with whatever a kill or a flipped bit left of it."""
 
 import itertools
-import json
 import random
 from pathlib import Path
 
 import pytest
 from corpora import data_config, write_files
 
+from model.digest import checked_line, parse_checked
 from model.stream.batches import TrainingWindows
 from model.stream.resolve import resolve
 from model.stream.token_cache import cache_folder
@@ -93,11 +93,11 @@ def test_what_a_kill_or_a_flipped_bit_left_is_made_again(corpus, kind):
 def test_a_record_under_another_blocks_name_is_not_trusted(corpus):
     expected = delivered(stream(corpus))
     path = files_of(corpus, "index")[0]
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [parse_checked(line) for line in path.read_bytes().splitlines(keepends=True)]
     first, second = [record for record in records if record["documents"] == records[0]["documents"]][:2]
     names = [(record["file"], record["start"]) for record in (first, second)]
     (second["file"], second["start"]), (first["file"], first["start"]) = names
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_bytes(b"".join(map(checked_line, records)))
     assert delivered(stream(corpus)) == expected
 
 
@@ -114,7 +114,9 @@ def test_a_second_process_reads_but_does_not_write(corpus):
     first = stream(corpus, epochs=1)
     next(first)
     assert delivered(stream(corpus)) == delivered(stream(corpus, cached=False))
-    assert all(json.loads(line)["documents"] for path in files_of(corpus, "index") for line in path.read_text().splitlines())
+    assert all(
+        parse_checked(line)["documents"] for path in files_of(corpus, "index") for line in path.read_bytes().splitlines(keepends=True)
+    )
     written = sum(path.stat().st_size for path in files_of(corpus, "tokens"))
     delivered(first)
     assert sum(path.stat().st_size for path in files_of(corpus, "tokens")) > written
