@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests of one file share servers and runs, so a file stays together.
+AT_ONCE := --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -39,14 +41,14 @@ check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: 
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest -m "not slow" -q
+	@$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" -q
 
 test: $(VENV)/.installed-dev ## every check and every test: under twenty-five minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest --durations=15
+	@$(BIN)/python -m pytest $(AT_ONCE) --durations=15
 
 audit: $(VENV)/.installed-audit ## ask whether a vulnerability is known of what is installed; waivers are in tools/audit.toml
 	@$(BIN)/python tools/audit.py

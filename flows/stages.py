@@ -35,6 +35,7 @@ from tasks import mirror, sync, versioning
 from tasks.overview import checkpoint_list
 from tasks.progress import Progress
 from tasks.project import Project, find_project
+from tasks.steps import WARNING
 
 SECONDS_TO_STOP = 27.0
 """Prefect kills a cancelled flow after 30 s."""
@@ -230,7 +231,7 @@ def _run_by_dvc(stage: str, experiment: str) -> State[Any]:
     logger = get_run_logger()
 
     def on_line(line: str) -> None:
-        logger.info(line)
+        (logger.warning if line.startswith(WARNING) else logger.info)(line)
         for observer in OBSERVERS:
             observer.said(stage, line)
 

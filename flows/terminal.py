@@ -15,6 +15,7 @@ from flows.stages import OBSERVERS
 from flows.stop import STOP
 from tasks.progress import SECONDS_BETWEEN_LINES, Reading
 from tasks.progress import Progress as JournalProgress
+from tasks.steps import WARNING
 
 _SECONDS_BETWEEN_LOOKS = 0.25
 
@@ -63,7 +64,7 @@ class Terminal:
 
     def said(self, stage: str, line: str) -> None:
         """A stage printed a line."""
-        self.console.print(f"  {line}", style="dim", markup=False)
+        self.console.print(f"  {line}", style="yellow" if line.startswith(WARNING) else "dim", markup=False)
 
     def ended(self, stage: str, state: State[Any]) -> None:
         """A stage is over."""

@@ -19,6 +19,8 @@ ERROR = "error: "
 """Begins the one line that says what went wrong; the flow looks for it."""
 STOPPED = "stopped: "
 """Follows it if nothing went wrong."""
+WARNING = "warning: "
+"""Begins a line about what was passed over; the work goes on."""
 
 
 def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:

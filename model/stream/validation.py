@@ -24,7 +24,7 @@ from model.stream.packing import Packer
 from model.stream.reader import Reader
 from model.stream.split import as_bytes, names_of
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _CANDIDATES = 16
 """Held-out rows are chosen among so many times as many, …"""
 _FILES = 16
@@ -65,15 +65,19 @@ def cached_validation_windows(
         with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "numpy") as file:
             windows: np.ndarray = file.get_tensor("windows")
             found = file.metadata() or {}
-            whole = found.get("sha256") == hashlib.sha256(windows.tobytes()).hexdigest()
+            whole = found.get("sha256") == _seal(str(found.get("key")), windows)
             if whole and found.get("key") == key:
                 return windows
         if not whole:
             warn(f"{path.name} is not as it was written; it is made again")
     windows = validation_windows(manifest, data, seed, count)
     with contextlib.suppress(OSError):  # they are made again next time
-        disk.write_file(path, save({"windows": windows}, {"key": key, "sha256": hashlib.sha256(windows.tobytes()).hexdigest()}))
+        disk.write_file(path, save({"windows": windows}, {"key": key, "sha256": _seal(key, windows)}))
     return windows
+
+
+def _seal(key: str, windows: np.ndarray) -> str:
+    return hashlib.sha256(key.encode() + windows.tobytes()).hexdigest()
 
 
 def held_out_rows(

@@ -86,7 +86,7 @@ class Journal:
             disk.rename(copy, self.path)
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Write one event; it is in the operating system's hands when this returns, unless the disk is full. Warnings are printed, too.
+        """Write one event; it is in the operating system's hands when this returns, unless the disk is full.
 
         Raises:
             UserError: the fence's.
@@ -97,9 +97,12 @@ class Journal:
             self._fence()
             record = self._add(event, fields)
             self._write()
-        if event == "warning":
-            say(f"warning: {fields['message']}")
         return record
+
+    def warn(self, step: int, kind: str, message: str) -> None:
+        """A warning, for people at a terminal and in the flow's log, too."""
+        self.append("warning", step=step, kind=kind, message=message)
+        say(f"warning: {message}")
 
     def _add(self, event: str, fields: dict[str, Any]) -> Event:
         record = {"seq": self._seq, "time": round(time.time(), 3), "event": event, **fields}
@@ -157,6 +160,9 @@ class Silence:
 
     def append(self, event: str, **fields: Any) -> None:
         """Write nothing."""
+
+    def warn(self, step: int, kind: str, message: str) -> None:
+        """Say nothing."""
 
     def sync(self) -> None:
         """Nothing was written."""

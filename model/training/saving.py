@@ -125,7 +125,7 @@ class Saver:
         except StillWriting:
             self._patience = 0.0
             message = f"{name_of(step)} was not written: the disk is still busy with the one before"
-            self._journal.append("warning", step=step, kind="checkpoint", message=message)
+            self._journal.warn(step, "checkpoint", message)
             return False
         self._patience = _PATIENCE_S
         return True
@@ -139,7 +139,7 @@ class Saver:
                     self._images[name] = Image(tensors, pinned, metadata)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             message = f"{name_of(step)} was not written: there is no memory to copy it to: {str(error).splitlines()[0]}"
-            self._journal.append("warning", step=step, kind="checkpoint", message=message)
+            self._journal.warn(step, "checkpoint", message)
             return False
         return True
 
@@ -171,7 +171,7 @@ class Saver:
                 odd_rows=odd_rows._asdict() if odd_rows else None,
             )
         except OSError as error:
-            self._journal.append("warning", step=step, kind="checkpoint", message=f"{name_of(step)} was not written: {error}")
+            self._journal.warn(step, "checkpoint", f"{name_of(step)} was not written: {error}")
             return None
         return checkpoint
 
@@ -201,7 +201,7 @@ class Saver:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             message = f"old checkpoints stay: {type(error).__name__}: {error}"
-            self._journal.append("warning", step=self._step or 0, kind="checkpoint", message=message)
+            self._journal.warn(self._step or 0, "checkpoint", message)
 
     def close(self) -> None:
         """Wait for what is being written; not for ever, if the disk hangs."""

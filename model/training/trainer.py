@@ -104,7 +104,7 @@ class Trainer:
         fork = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
         self._record_start(start.checkpoint if start.fork is None else None, **fork)
         for kind, message in start.messages + ([("journal", self.journal.damage)] if self.journal.damage else []):
-            self.journal.append("warning", step=self.step, kind=kind, message=message)
+            self.journal.warn(self.step, kind, message)
 
     def _read_losses(self) -> dict[int, float]:
         """On the validation windows, by step."""
@@ -215,7 +215,7 @@ class Trainer:
         own = [windows.warnings.popleft() for _ in range(len(windows.warnings))]
         for messages in self.ranks.gather_objects(own):
             for message in messages:
-                self.journal.append("warning", step=self.step, kind="stream", message=message)
+                self.journal.warn(self.step, "stream", message)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
@@ -249,7 +249,7 @@ class Trainer:
         self.tokens += targets
         if verdict == "skip":
             engine.discard()
-            self.journal.append("warning", step=self.step, kind="bad step", message=f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
+            self.journal.warn(self.step, "bad step", f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
         elif self._due(self.machine.journal.norms_every):
             before = Norms(engine.model)
             engine.update(factor)
@@ -298,7 +298,7 @@ class Trainer:
         self.saver.went_back_to(target)
         self._record_start(target, rolled_back_from=spike)
         message = f"step {spike}: a gradient norm of {norm:.4g}; went back to step {self.step} and passed over the batches up to it"
-        self.journal.append("warning", step=self.step, kind="bad step", message=message)
+        self.journal.warn(self.step, "bad step", message)
         self.losses = {step: loss for step, loss in self.losses.items() if step <= self.step}
 
     def _read_validation_windows(self) -> np.ndarray | None:

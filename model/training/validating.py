@@ -42,7 +42,7 @@ class Validator:
         return cached_validation_windows(path, self._manifest, data, seed, count, self._warn)
 
     def _warn(self, message: str) -> None:
-        self._journal.append("warning", step=0, kind="stream", message=message)
+        self._journal.warn(0, "stream", message)
 
     def validate(self, step: int, should_stop: Callable[[], bool]) -> float | None:
         """Tell the journal the loss (nats a token) after `step` steps, and a text; returns the loss, None if `should_stop` said so."""

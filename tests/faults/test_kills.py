@@ -30,7 +30,7 @@ NAME = "run"
 KINDS = {"trainer": 8, "group": 8, "parent": 2, "stage's tree": 0.5, "stage": 0.5, "stage's trainer": 0.5}
 """Who is killed, and how often. The last three are of a stage that is really started, which takes seconds."""
 KILLED_AS = ["plain", "cache", "plain", "skip", "rollback"]
-OF_A_STAGE = {".tracking.lock", ".lease.json", ".lease.lock"}
+OF_A_STAGE = {".tracking.lock", ".tracking-run.lock", ".aliases.json", ".lease.json", ".lease.lock"}
 """Files in a run's folder that are not the trainer's."""
 TO_NOTICE_AND_LEAVE_S = 8.0
 """A trainer whose parent died notices within 5 s; then it saves and leaves."""

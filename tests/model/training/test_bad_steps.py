@@ -131,7 +131,8 @@ def test_a_training_that_explodes_ends_with_one_line(new_run):
     folder = new_run("exploding", training={"learning_rate": 1e30, "gradient_clip": 0.0, "warmup_steps": 0, "max_bad_steps": 4})
     errors = train(folder, exit_code=1)
     assert "4 bad steps in a row (training.max_bad_steps)" in errors
-    assert len(errors.strip().splitlines()) == 1
+    told = [line for line in errors.strip().splitlines() if not line.startswith("warning: skipped")]
+    assert len(told) == 1
     assert warnings(folder)[-1] in errors
     losses = [event["loss"] for event in read_current(folder.journal) if event["event"] == "step"]
     assert losses[-3:] == [None, None, None]
