@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.exceptions import TyperException
 
 from flows.stop import STOP
@@ -115,7 +114,9 @@ def checkpoints(
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        Console().print(_table(rows))
+        from flows.checkpoint_page import table
+
+        Console().print(table(rows))
     else:
         print(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
     if not all(row["whole"] for row in rows):
@@ -342,7 +343,9 @@ def _run_flow(project: Project, name: str, flow_name: str, parameters: dict[str,
         raise typer.Exit(EXIT_FAULT)
     if not state.is_completed():
         raise Stopped(state.message)
-    _show_result(project, name)
+    from flows.checkpoint_page import print_result
+
+    print_result(project, name)
 
 
 def _stop_on_signals() -> None:
@@ -361,44 +364,6 @@ def _need_checkpoints(project: Project, name: str) -> None:
     project.experiment(name)
     if not any(project.run_folder(name).checkpoints.glob("step_*")):
         raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
-
-
-def _show_result(project: Project, name: str) -> None:
-    from tasks.overview import checkpoint_list, example_question
-
-    console = Console(soft_wrap=True, highlight=False)
-    console.print()
-    console.print(_table(checkpoint_list(project, name)))
-    console.print("\nNext:")
-    suggestions = {
-        f'gpt2 generate {name} "{example_question(project, name)}"': "the champion writes on",
-        f"gpt2 checkpoints {name} --verify": "is every byte as it was written?",
-        f"gpt2 export {name} exported/": "the champion for transformers",
-        "gpt2 services": "Prefect's and MLflow's pages: runs, curves, answers, registry",
-    }
-    for command, what in suggestions.items():
-        console.print(f"  {command:<{max(map(len, suggestions))}}  {what}", markup=False)
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(caption="bits/byte: validation text, lower is better · exact match: held-out questions")
-    table.add_column("checkpoint", no_wrap=True)
-    for column in ("step", "bits/byte", "exact match", "version"):
-        table.add_column(column, justify="right")
-    table.add_column("champion", justify="center")
-    table.add_column("whole", justify="center")
-    for row in rows:
-        bits, match = row["validation_bits_per_byte"], row["exact_match"]
-        table.add_row(
-            row["name"],
-            f"{row['step']:,}",
-            "" if bits is None else f"{bits:.3f}",
-            "" if match is None else f"{match:.0%} of {row['questions']:.0f}",
-            row["version"] or "",
-            "★" if row["champion"] else "",
-            "yes" if row["whole"] else "NO",
-        )
-    return table
 
 
 def _say(message: str) -> None:

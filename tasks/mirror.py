@@ -37,6 +37,7 @@ LONGEST_PAUSE_S = 30.0
 """Between two attempts while the storage does not answer."""
 LAST_COPY_S = 10.0
 """How long a stage that ends waits for a copy in the making: a stop has to be quick."""
+_ASIDE = "aside_"
 _TOKEN = re.compile(r"token_(\d{8})")
 _STEP = re.compile(r"step_\d{8}")
 
@@ -151,14 +152,18 @@ class Mirror:
         fs, root = open_place(self.url)
         when = time.strftime("%Y%m%d-%H%M%S")
         for token in _tokens(fs, root):
-            fs.mv(f"{root}/{_token(token)}", f"{root}/aside_{when}_{_token(token)}", recursive=True)
+            fs.mv(f"{root}/{_token(token)}", f"{root}/{_ASIDE}{when}_{_token(token)}", recursive=True)
 
     def remove(self) -> None:
-        """Remove all of it; nothing there is nothing to do."""
+        """Remove all of it but what was set aside; nothing there is nothing to do."""
         fs, root = open_place(self.url)
         for token in _tokens(fs, root):
             _remove_token(fs, f"{root}/{_token(token)}")
-        if fs.exists(root):
+        names = entries(fs, root)
+        for name in names:
+            if not name.startswith(_ASIDE):
+                fs.rm(f"{root}/{name}", recursive=True)
+        if fs.exists(root) and not any(name.startswith(_ASIDE) for name in names):
             fs.rm(root, recursive=True)
 
     def _own_checkpoints(self) -> list[Checkpoint]:

@@ -17,7 +17,9 @@ from types import FrameType
 from model.errors import EXIT_STOPPED, Stopped
 
 _MERCY_S = 1.5
-"""How long `Stopped` may take to end what is being done."""
+"""How long `Stopped` may take to end what is being done, …"""
+_MERCY_AT_THE_END_S = 90.0
+"""… and how long it may take to leave after that."""
 
 
 class StopRequest:
@@ -58,11 +60,12 @@ class StopRequest:
 
     def _leave(self) -> None:
         time.sleep(_MERCY_S)
-        if self._interruptible:
-            try:
-                self.last_words()
-            finally:
-                os._exit(EXIT_STOPPED)
+        if not self._interruptible:
+            time.sleep(_MERCY_AT_THE_END_S)
+        try:
+            self.last_words()
+        finally:
+            os._exit(EXIT_STOPPED)
 
     def on_signals(self) -> None:
         """SIGINT, SIGTERM (and Windows' Ctrl-Break) ask for a stop. A second SIGINT leaves at once: sealed checkpoints are whole."""

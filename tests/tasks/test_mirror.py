@@ -102,6 +102,11 @@ def test_who_begins_anew_gets_nothing_back_and_nothing_is_lost(project: Project)
     fs, root = open_place(kept.url)
     (aside,) = (name for name in entries(fs, root) if name.startswith("aside_"))
     assert fs.exists(f"{root}/{aside}/step_00000010/{MANIFEST}")
+    seal(project, 10)
+    mirror_of(project).copy_new()
+    mirror.prune(project, NAME)
+    assert entries(fs, root) == [aside]
+    assert fs.exists(f"{root}/{aside}/step_00000010/{MANIFEST}")
 
 
 def test_only_what_is_new_is_copied_and_what_is_dropped_here_is_dropped_there(project: Project) -> None:

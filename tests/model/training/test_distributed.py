@@ -156,6 +156,24 @@ def test_a_dead_rank_ends_the_others_within_a_minute(new_run, victim):
     assert [event["micro_batch"] for event in started] == [4, 1], "what is asked for now counts"
 
 
+def test_ranks_whose_launcher_was_killed_save_and_leave(new_run):
+    folder = new_run("orphans", **ENDLESS)
+    launcher = start_trainer(folder, *with_ranks(2))
+    wait_for_step(folder, 2, launcher)
+    ranks = [child for child in psutil.Process(launcher.pid).children() if "model.training" in child.cmdline()]
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.wait(10)
+    _, left = psutil.wait_procs(ranks, 15)
+    for rank in left:
+        rank.kill()
+    assert not left, "orphans train on"
+    stopped = read_all(folder.journal)[-1]
+    assert (stopped["event"], stopped["reason"]) == ("stopped", "the process that started the trainer has gone")
+    open_checkpoint(folder.checkpoints / stopped["checkpoint"]).verify()
+    launcher.stderr.close()
+
+
 def test_ranks_that_cannot_share_the_work_are_one_line(new_run):
     errors = train_with(new_run("three", **FIELDS), *with_ranks(3), exit_code=2)
     assert errors.startswith("error: data.lanes: 4 lanes cannot be shared out among 3 ranks")
