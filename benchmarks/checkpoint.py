@@ -140,6 +140,9 @@ def _saves(training: Training, contestant: Contestant) -> dict[str, Any]:
     _forget_peak()
     before = [training.step(1, SHORT) for _ in range(STEPS_BEFORE)]
     rss, peak = psutil.Process().memory_info().rss, peak_rss()
+    contestant.prepare()
+    for _ in range(STEPS_BEFORE):
+        training.step(1, SHORT)
     stalls, durable, beside, fingerprint = [], [], [], 0
     for number in range(1, SAVES + 1):
         training.step(1, SHORT)

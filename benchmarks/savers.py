@@ -101,6 +101,8 @@ class Contestant:
     """Read all of it and raise if it is not what was written."""
     load_mapped: Callable[[Path], None] | None = None
     """The same as `load` through a memory map."""
+    prepare: Callable[[], None] = field(default=lambda: None)
+    """What a training does for it after its first step."""
     close: Callable[[], None] = field(default=lambda: None)
 
 
@@ -142,7 +144,7 @@ def ours(training: Training, folder: Path) -> Contestant:
     def verify(path: Path) -> None:
         open_checkpoint(path).verify()
 
-    return Contestant(save, lambda number: run.checkpoints / name_of(number), load, "yes", verify, close=close)
+    return Contestant(save, lambda number: run.checkpoints / name_of(number), load, "yes", verify, prepare=saver.prepare, close=close)
 
 
 def torch_save(training: Training, folder: Path) -> Contestant:

@@ -21,6 +21,7 @@ _TYPES = {
     torch.bfloat16: "BF16",
     torch.uint8: "U8",
 }
+_PAGE = 4096
 _PIECE = 16 << 20
 """Bytes that are hashed and written at once."""
 
@@ -46,6 +47,8 @@ class Image:
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         self._bytes = torch.empty(start + end, dtype=torch.uint8, pin_memory=pinned)
+        if not pinned:
+            self._bytes.numpy()[start::_PAGE] = 0  # now, not when training waits for the first copy
         self._bytes[:start] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self.tensors = {
             name: self._bytes[start + begin : start + stop].view(like[name].dtype).view(like[name].shape)

@@ -64,6 +64,7 @@ class Saver:
         self.store = CheckpointStore(folder.checkpoints)
         self._folder, self._config, self._engine, self._ranks, self._journal, self._fence = folder, config, engine, ranks, journal, fence
         self._images: dict[str, Image] = {}
+        self._preparing: Future[None] | None = None
         self._jobs = ThreadPoolExecutor(1, "checkpoint")
         self._step: int | None = None
         """Of the newest checkpoint that is sealed or being written."""
@@ -77,6 +78,18 @@ class Saver:
         self._step = checkpoint.step if checkpoint is not None else None
         self._writing = Future()
         self._writing.set_result(checkpoint)
+
+    def prepare(self) -> None:
+        """Begin to take the memory for the copies: that takes as long as a copy, or longer. To be called after the first step, when the
+        optimizer has its state."""
+        if self._ranks.first:
+            weights, optimizer = seen_by_hugging_face(self._engine.weights()), self._engine.optimizer_state()
+            self._preparing = self._jobs.submit(self._make_images, weights, optimizer)
+
+    def _make_images(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        for name, tensors, metadata in ((MODEL, weights, METADATA), (OPTIMIZER, optimizer, None)):
+            if name not in self._images or not self._images[name].fits(tensors):
+                self._images[name] = Image(tensors, self._engine.device.type == "cuda", metadata)
 
     def save(self, step: int, tokens: int, stream: State | None, odd_rows: OddRows | None, bad_steps: BadSteps) -> None:
         """Begin the checkpoint of a step: copy it, and let it be written. A disk that says no is reported and costs nothing but this
@@ -132,11 +145,11 @@ class Saver:
 
     def _there_is_room(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> bool:
         """In memory, which is taken once: for the images of both files."""
-        pinned = self._engine.device.type == "cuda"
         try:
-            for name, tensors, metadata in ((MODEL, weights, METADATA), (OPTIMIZER, optimizer, None)):
-                if name not in self._images or not self._images[name].fits(tensors):
-                    self._images[name] = Image(tensors, pinned, metadata)
+            if self._preparing is not None:
+                preparing, self._preparing = self._preparing, None
+                preparing.result()
+            self._make_images(weights, optimizer)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError
             message = f"{name_of(step)} was not written: there is no memory to copy it to: {str(error).splitlines()[0]}"
             self._journal.warn(step, "checkpoint", message)

@@ -91,6 +91,8 @@ class Trainer:
         self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
         self.journal = Journal(folder.journal, fence) if ranks.first else Silence()
         self._stop_told = threading.Lock()
+        self._warm = False
+        """Whether this process has taken a step."""
         own = start.checkpoint if start.fork is None else None
         self.resumed_from = own.name if own is not None else None
         self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, own, fence)
@@ -192,7 +194,10 @@ class Trainer:
                 if batch is None or not any(counts):
                     break
                 self._train_step(batch, list(counts), min(epochs), began, waited)
-                warming_up.close()  # from now on there is something to save
+                if not self._warm:
+                    warming_up.close()  # from now on there is something to save
+                    self.saver.prepare()
+                    self._warm = True
                 save = self._due(self.config.checkpoint.save_every_n_iterations)
                 if save:
                     self._save()
