@@ -342,7 +342,7 @@ class Trainer:
         reason = self.stop.reason
         self._record_stop(checkpoint)
         self._close()
-        saved = "" if checkpoint or not self.step else ", which could not be saved"
+        saved = "" if checkpoint == name_of(self.step) or not self.step else ", which could not be saved"
         raise Stopped(f"stopped at step {self.step}{saved} ({reason}); the same command goes on from {checkpoint or 'the last checkpoint'}")
 
     def _record_stop(self, checkpoint: str | None) -> None:
@@ -386,7 +386,7 @@ class Trainer:
         while True:
             self._save()
             checkpoint = self.saver.wait()
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint.step == self.step:  # not the one before, if this one was not even begun
                 return checkpoint
             ((stop,), *_) = self.ranks.gather(bool(self.stop) or time.monotonic() > deadline)
             if stop:
