@@ -24,7 +24,7 @@ from tests.faults.conftest import TINY, VARIANTS, said
 from tests.faults.warm import ROOT
 from tests.model.training.conftest import FIELDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NAME = "run"
 KINDS = {"trainer": 8, "group": 8, "parent": 2, "stage's tree": 0.5, "stage": 0.5, "stage's trainer": 0.5}
@@ -40,15 +40,23 @@ class Budget:
     """The kills that are left to make, counted by kind."""
 
     def __init__(self, kills):
-        self.left = kills
+        self.kills = self.left = kills
         self.done = Counter()
         self.runs = self.lived = 0
         self._lock = threading.Lock()
 
     def take(self):
+        """Whether one was left; it is the caller's to make, or to give back."""
         with self._lock:
+            if not self.left:
+                return False
             self.left -= 1
-            return self.left >= 0
+            return True
+
+    def spend(self):
+        """Nobody makes another one: something has failed."""
+        with self._lock:
+            self.kills, self.left = self.made, 0
 
     def give_back(self):
         """The training had ended by itself."""
@@ -180,12 +188,13 @@ def test_kills_at_any_time_cost_nothing_but_time(trainer, corpus, undisturbed, t
 
     def chains(first):
         number = first
-        while budget.made < kills:
+        while budget.made < budget.kills:
             root = tmp_path / f"chain-{number}"
             chain(number, seed, budget, trainer, root, corpus, undisturbed)
             number += 2
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(budget.spend)
         for end in [pool.submit(chains, first) for first in range(2)]:
             end.result()
     by_kind = ", ".join(f"{count} {kind}" for kind, count in sorted(budget.done.items()))
