@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -41,3 +43,18 @@ def use_fast_exact_products() -> None:
     a = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     if ((a @ a).double() - a.double() @ a.double()).abs().max() > 1e-3:  # fp32 is off by 1e-5, bf16 by 0.1
         products.fp32_precision = setting
+
+
+@contextlib.contextmanager
+def for_small_products() -> Iterator[None]:
+    """Without oneDNN on CPUs while it lasts: to set a product up takes it 15 µs, ten times as long as a small one takes MKL. Attention from
+    one position is made of hundreds of those."""
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None or products.fp32_precision != "bf16":
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = "bf16"

@@ -6,6 +6,7 @@ K width of a head, V vocabulary. Parameter names are Hugging Face's without thei
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.device import for_small_products
 
 LOSS_CHUNK = {"cpu": 512, "cuda": 16_384}
 """Positions whose logits exist at once: 512 x 50,257 fp32 logits are 100 MB. Measured fastest on CPUs (docs/experiments.md)."""
@@ -29,16 +31,27 @@ class KeyValueCache:
         self.keys: list[Tensor | None] = [None] * config.n_layer
         self.values: list[Tensor | None] = [None] * config.n_layer
 
-    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the new positions; returns keys and values of all so far, BHSK."""
+    def attend(self, layer: int, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask_BTS: Tensor | None) -> Tensor:
+        """Remember the new positions, and look from them at all so far; BHTK. Without a mask it is used once for the first positions, then
+        for one position after the other."""
         B, H, T, K = k_BHTK.shape
+        assert mask_BTS is not None or self.length == 0 or T == 1
         keys, values, end = self.keys[layer], self.values[layer], self.length + T
         if keys is None or values is None:
-            keys = self.keys[layer] = k_BHTK.new_zeros((B, H, self.capacity, K))
-            values = self.values[layer] = v_BHTK.new_zeros((B, H, self.capacity, K))
+            keys = self.keys[layer] = k_BHTK.new_empty((B, H, self.capacity, K))
+            values = self.values[layer] = v_BHTK.new_empty((B, H, self.capacity, K))
         keys[:, :, self.length : end] = k_BHTK
         values[:, :, self.length : end] = v_BHTK
-        return keys[:, :, :end], values[:, :, :end]
+        mask_BHTS = None if mask_BTS is None else mask_BTS[:, None]
+        with for_small_products() if T == 1 else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                q_BHTK, keys[:, :, :end], values[:, :, :end], attn_mask=mask_BHTS, is_causal=mask_BTS is None and T > 1
+            )
+
+    def keep(self, rows_N: Tensor) -> None:
+        """Forget all sequences but these."""
+        self.keys = [None if keys is None else keys[rows_N] for keys in self.keys]
+        self.values = [None if values is None else values[rows_N] for values in self.values]
 
 
 class Attention(nn.Module):
@@ -52,22 +65,22 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x_BTD: Tensor, layer: int, cache: KeyValueCache | None, mask_BTS: Tensor | None) -> Tensor:
-        """`mask_BTS` is True where a position may look; None means causal, which with a cache holds for its first use only."""
+        """`mask_BTS` is True where a position may look; None means causal."""
         B, T, D = x_BTD.shape
         q_BHTK, k_BHSK, v_BHSK = (
             part.view(B, T, self.n_head, D // self.n_head).transpose(1, 2) for part in self.c_attn(x_BTD).split(D, dim=2)
         )
         if cache is not None:
-            assert mask_BTS is not None or cache.length == 0
-            k_BHSK, v_BHSK = cache.extend(layer, k_BHSK, v_BHSK)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BHSK,
-            v_BHSK,
-            attn_mask=None if mask_BTS is None else mask_BTS[:, None],
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_BTS is None,
-        )
+            y_BHTK = cache.attend(layer, q_BHTK, k_BHSK, v_BHSK, mask_BTS)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(
+                q_BHTK,
+                k_BHSK,
+                v_BHSK,
+                attn_mask=None if mask_BTS is None else mask_BTS[:, None],
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask_BTS is None,
+            )
         return self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
@@ -107,6 +120,8 @@ class GPT2(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.window = config.context_length
+        """Positions that a text may take: fewer than the context, where training saw fewer."""
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.context_length, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)

@@ -33,8 +33,10 @@ BESIDE = "checkpoint"
 """The folder in the model's artifacts that holds a champion's weights."""
 NEEDED = (MODEL, STATE)
 """What answering takes of a checkpoint; the optimizer's state stays at home."""
-PARAMETERS: dict[str, float | int] = {"max_new_tokens": 128, "temperature": 0.0, "seed": 0}
-"""What `predict` takes beside the prompts, with its default; temperature 0 takes the likeliest token."""
+PARAMETERS: dict[str, float | int] = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+"""What `predict` takes beside the prompts, with its default; temperature 0 takes the likeliest token, top_k 0 means all."""
+BATCH = 32
+"""Prompts answered at once, however many a request has."""
 
 
 def complaint_about(folder: Path, digest: str) -> str | None:
@@ -82,9 +84,11 @@ class CheckpointByReference(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: PythonModelContext) -> None:
         """Find, verify and load the weights."""
+        from model.device import pick_device
         from model.huggingface import load_model
 
-        self.network = load_model(find_checkpoint(context.model_config, Path(__file__).parent / BESIDE))
+        folder = find_checkpoint(context.model_config, Path(__file__).parent / BESIDE)
+        self.network = load_model(folder, pick_device("auto"))
 
     def predict(self, context: PythonModelContext, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """The answer to each prompt of the one column. MLflow makes that table of the list in a request; the hint keeps it from
@@ -92,7 +96,9 @@ class CheckpointByReference(PythonModel):  # type: ignore[misc]
         from model.generation import answer
 
         prompts = [str(prompt) for prompt in model_input.iloc[:, 0]]
-        return answer(self.network, prompts, **{**PARAMETERS, **(params or {})})
+        settings = {**PARAMETERS, **(params or {})}
+        settings["top_k"] = settings["top_k"] or None
+        return answer(self.network, prompts, **settings, batch_size=BATCH) if prompts else []
 
 
 set_model(CheckpointByReference())

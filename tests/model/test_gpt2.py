@@ -1,14 +1,26 @@
 """The network is GPT-2: its size, and its logits and loss against an independent implementation."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from model import gpt2
 from model.config import PRESETS, ModelConfig
+from model.generation import Frame, generate
 from model.gpt2 import GPT2
-from model.huggingface import export, from_hugging_face, hugging_face_config, load_weights, save_weights, to_hugging_face
-from model.tokenizer import encode
+from model.huggingface import (
+    export,
+    from_hugging_face,
+    hugging_face_config,
+    load_export,
+    load_weights,
+    read_frame,
+    save_weights,
+    to_hugging_face,
+)
+from model.tokenizer import END_OF_TEXT, encode
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,16 +184,145 @@ def test_the_seed_decides_the_initial_weights_and_nothing_else_does():
     assert first.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / (2 * SMALL.n_layer) ** 0.5, rel=0.05)
 
 
-def test_export_loads_in_transformers(tmp_path):
-    ours = noisy(GPT2(SMALL).eval())
-    export(ours, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+ODD_TEXTS = (
+    "Q: What is 12 + 30?\n\nReasoning:\n",
+    "naïve 日本語 <b>  spaces\n\n\n",
+    "it's WE'LL don\u2019t 1234 １２３ ½ ²",
+    "a <|endoftext|> b<|endoftext|>",
+    "<|endoftext|>",
+    "   ",
+    " leading, trailing ",
+    "\t\n x\u00a0\u2003y\u0085z\u180e\r\n",
+    "😀👩‍👩‍👧 e\u0301 ﷺ 𝔘 \U000e0001",
+    "\ufffd\x00\x01 \u200b\ufeff",
+    "",
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A network and the folder that it was exported to."""
+    ours, folder = noisy(GPT2(SMALL).eval()), tmp_path_factory.mktemp("exported")
+    with torch.no_grad():
+        for block in ours.h:
+            block.mlp.c_fc.weight.mul_(5)  # so that it does not repeat itself
+    export(ours, folder, Frame("Q: ", "\n\nA: ", 100), "# A card\n")
+    return ours, folder
+
+
+def test_export_loads_in_transformers(exported):
+    ours, folder = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     x = tokens(SMALL)
     with torch.no_grad():
         assert torch.allclose(ours.logits(ours.hidden(x)), theirs(x).logits, atol=1e-4)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("Q: What is 12 + 30?\n\nReasoning:\n", "naïve 日本語 <b>  spaces\n\n\n", "it's we'll 1234"):
-        assert tokenizer(text)["input_ids"] == encode(text)
+
+
+def test_transformers_writes_what_we_write(exported):
+    """Greedily, with its own cache and its own padding."""
+    ours, folder = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["Q: What is 12 + 30?", "naïve", "Which of these rivers is the longest?"]
+    prompts = tokenizer(texts, padding=True, return_tensors="pt")
+    written = theirs.generate(**prompts, max_new_tokens=24)[:, prompts["input_ids"].shape[1] :].tolist()
+    expected = generate(ours, [encode(text) for text in texts], 24)
+    assert [row[: len(ours_row)] for row, ours_row in zip(written, expected, strict=True)] == expected
+    assert len({token for row in expected for token in row}) > 30
+
+
+def test_the_exported_tokenizer_gives_equal_ids(exported):
+    _, folder = exported
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ODD_TEXTS:
+        assert tokenizer(text)["input_ids"] == encode(text), text
+        assert tokenizer.decode(encode(text)) == text
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) == (END_OF_TEXT,) * 3
+    assert tokenizer.decode([END_OF_TEXT, *encode("A : b")], skip_special_tokens=True) == "A : b"
+
+
+def test_tokenizer_json_alone_gives_equal_ids(exported):
+    """What other programs read (`tokenizers`, servers in Rust). Every character, at the beginning of a word and within."""
+    _, folder = exported
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for code in [*range(1, 0x3100), *range(0xA000, 0xA100), *range(0xF900, 0x10000), *range(0x1D400, 0x1D800), *range(0x1F300, 0x1F700)]:
+        text = f"a{chr(code)}1 {chr(code)}b"
+        assert tokenizer.encode(text).ids == encode(text), hex(code)
+
+
+def test_a_question_is_put_as_the_export_says(exported):
+    _, folder = exported
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    question = 'Say "{hi}" {{ twice }}\n'
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "first"}, {"role": "user", "content": question}], tokenize=False)
+    assert read_frame(folder) == Frame("Q: ", "\n\nA: ", 100)
+    assert prompt == f"Q: {question}"
+    assert (folder / "README.md").read_text() == "# A card\n"
+
+
+def test_an_export_is_loaded_back(exported):
+    ours, folder = exported
+    again = load_export(folder)
+    assert again.window == 100
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def test_their_own_export_is_loaded(tmp_path):
+    theirs = noisy(their_model(SMALL))
+    theirs.save_pretrained(tmp_path)
+    x, ours = tokens(SMALL), load_export(tmp_path)
+    assert read_frame(tmp_path) is None
+    assert ours.window == SMALL.context_length
+    with torch.no_grad():
+        assert torch.allclose(ours.logits(ours.hidden(x)), theirs(x).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("model_type", "llama", "model_type"),
+        ("activation_function", "relu", "activation_function"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon"),
+        ("n_inner", 100, "n_inner"),
+        ("tie_word_embeddings", False, "tie_word_embeddings"),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),
+        ("n_layer", 10**9, "does not hold the weights"),
+        ("n_embd", 10**9, "does not hold the weights"),
+        ("n_layer", 2, "does not hold the weights"),
+        ("vocab_size", 21_128, "vocabulary"),
+        ("n_head", 7, "n_head"),
+    ],
+)
+def test_another_network_than_gpt2_is_refused_by_name(exported, tmp_path, field, value, named):
+    """Before a network of the size that it claims is made."""
+    _, folder = exported
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(ValueError, match=named):
+        load_export(tmp_path)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(exported, tmp_path):
+    _, folder = exported
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "!": 1, '"': 0}))
+    with pytest.raises(ValueError, match="vocabulary"):
+        load_export(tmp_path)
+
+
+def test_a_head_of_its_own_is_refused(exported, tmp_path):
+    _, folder = exported
+    (tmp_path / "config.json").symlink_to(folder / "config.json")
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["transformer.wte.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head"):
+        load_export(tmp_path)
 
 
 def test_loading_another_shape_is_refused(tmp_path):
