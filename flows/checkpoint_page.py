@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from tasks.overview import checkpoint_list, example_question
+from tasks.overview import champion_line, checkpoint_list, example_question
 from tasks.project import Project
 
 
@@ -13,7 +15,7 @@ def print_result(project: Project, name: str) -> None:
     """What came of a flow, and what to do with it."""
     console = Console(soft_wrap=True, highlight=False)
     console.print()
-    console.print(table(checkpoint_list(project, name)))
+    print_checkpoints(project, name, checkpoint_list(project, name))
     console.print("\nNext:")
     suggestions = {
         f'gpt2 generate {name} "{example_question(project, name)}"': "the champion writes on",
@@ -25,23 +27,74 @@ def print_result(project: Project, name: str) -> None:
         console.print(f"  {command:<{max(map(len, suggestions))}}  {what}", markup=False)
 
 
+def print_checkpoints(project: Project, name: str, rows: list[dict[str, Any]]) -> None:
+    """The table of `tasks.overview.checkpoint_list`, what its columns mean, and why the champion is champion."""
+    console = Console(highlight=False)
+    console.print(table(rows))
+    scored = next((row for row in reversed(rows) if row["answer_bits_per_byte"] is not None), None)
+    if scored is not None:
+        console.print(Text(_legend(scored), style="dim"))
+    if line := champion_line(project, name):
+        console.print(Text(line[0].upper() + line[1:]))
+
+
+def _legend(row: dict[str, Any]) -> str:
+    return (
+        f"Of {row['items']:.0f} held-out samples, ± half the 95 % interval. text, answer: bits per byte, lower is better; answer: the gold "
+        f"answer given question and gold reasoning. exact: of {row['checkable']:.0f} answers that can be checked. format: of "
+        f"{row['questions']:.0f} answers, those with reasoning, answer and end in their places. ★ champion, best: lowest validation loss."
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows of `tasks.overview.checkpoint_list`."""
-    made = Table(caption="bits/byte: validation text, lower is better · exact match: held-out questions")
+    """The rows of `tasks.overview.checkpoint_list`, in 80 columns."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     made.add_column("checkpoint", no_wrap=True)
-    for column in ("step", "bits/byte", "exact match", "version"):
-        made.add_column(column, justify="right")
-    made.add_column("champion", justify="center")
-    made.add_column("whole", justify="center")
+    for column in ("text", "answer", "exact", "format", "version"):
+        made.add_column(column, justify="right", no_wrap=True)
+    made.add_column("", no_wrap=True)
+    made.add_column("whole", justify="right", no_wrap=True)
     for row in rows:
-        bits, match = row["validation_bits_per_byte"], row["exact_match"]
         made.add_row(
             row["name"],
-            f"{row['step']:,}",
-            "" if bits is None else f"{bits:.3f}",
-            "" if match is None else f"{match:.0%} of {row['questions']:.0f}",
+            _bits(row, "text_bits_per_byte").partition(" ")[0],
+            _bits(row, "answer_bits_per_byte"),
+            _share(row, "exact_match"),
+            _share(row, "format_adherence").partition(" ")[0],
             row["version"] or "",
-            "★" if row["champion"] else "",
+            " ".join(mark for mark, marked in (("★", row["champion"]), ("best", row["best"])) if marked),
             "yes" if row["whole"] else "NO",
         )
     return made
+
+
+def cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `tasks.overview.checkpoint_list` as Prefect's page shows it: figures with their intervals."""
+    checkable = "" if row["exact_match"] is None else f" of {row['checkable']:.0f}"
+    return {
+        "name": row["name"],
+        "step": row["step"],
+        "text bits/byte": _bits(row, "text_bits_per_byte"),
+        "answer bits/byte": _bits(row, "answer_bits_per_byte"),
+        "exact match": _share(row, "exact_match") + checkable,
+        "format": _share(row, "format_adherence"),
+        "champion": "★" if row["champion"] else "",
+        "best": "yes" if row["best"] else "",
+        "version": row["version"] or "",
+        "reason": row["reason"] or "",
+        "digest": row["digest"] or "",
+    }
+
+
+def _bits(row: dict[str, Any], key: str) -> str:
+    return "" if row[key] is None else f"{row[key]:.3f}{_reach(row, key, 1, 3)}"
+
+
+def _share(row: dict[str, Any], key: str) -> str:
+    return "" if row[key] is None else f"{row[key]:.0%}{_reach(row, key, 100, 0)}"
+
+
+def _reach(row: dict[str, Any], key: str, scale: float, digits: int) -> str:
+    """How far the 95 % interval reaches to either side: ` ±0.021`; nothing if there is none."""
+    interval = (row["intervals"] or {}).get(key)
+    return f" ±{scale * (interval[1] - interval[0]) / 2:.{digits}f}" if interval else ""

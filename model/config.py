@@ -149,11 +149,6 @@ class DataConfig(Section):
         first, second = parts[0], parts[1] if len(parts) > 1 else ("", None)
         return f"{first[0]}{{{first[1]}}}{second[0]}"
 
-    @property
-    def answer_delimiter(self) -> str:
-        """What stands before the last column: `\\n\\nA: `."""
-        return [literal for literal, name, _, _ in string.Formatter().parse(self.text_template) if name][-1]
-
 
 class SpikeConfig(Section):
     """Steps whose gradient norm is far above those before. (One that is not finite never reaches the weights, whatever is set here.)"""
@@ -250,17 +245,45 @@ class CheckpointConfig(Section):
     data if the data are the same."""
 
 
+GENERAL_PROMPTS = [
+    "What causes the tides?",
+    "Who wrote Romeo and Juliet?",
+    "What is 12 + 30?",
+    "Why is the sky blue?",
+    "What is the capital of Japan?",
+    "How do vaccines work?",
+    "Name three uses of copper.",
+    "What was the Silk Road?",
+    "If all cats sleep and Tom is a cat, does Tom sleep?",
+    "Explain photosynthesis in one sentence.",
+]
+
+
 class EvaluationConfig(Section):
     """How each checkpoint is scored; the same held-out items for all."""
 
-    questions: Annotated[int, Field(ge=2, le=100_000)] = 64
-    """Held-out questions for choosing the champion, and as many others for reporting; the latter are also answered greedily."""
-    max_new_tokens: PositiveInt = 128
-    """Tokens an answer may take, reasoning included."""
+    items: Annotated[int, Field(ge=2, le=100_000)] = 256
+    """Held-out samples of each half, for choosing the champion and for reporting, whose bits are counted."""
+    questions: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """How many of the reporting half's items are also answered greedily; at most `items`."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens an answer may take, reasoning included; an answer also ends where `data.max_length` does."""
     batch_size: PositiveInt = 16
-    """Questions or windows scored at once; changes no score."""
+    """Texts scored at once; changes no score beyond rounding."""
     kind_column: str | None = "exercise"
-    """The column that names a question's kind, for scores by kind; null: none."""
+    """The column that names a sample's kind: each kind has its share of the items, and scores of its own. null: none."""
+    prompts: Annotated[list[Annotated[str, Field(min_length=1, max_length=2000)]], Field(max_length=100)] = GENERAL_PROMPTS
+    """Values of the template's first column, after which each checkpoint writes a text for people to read."""
+    benchmarks: list[Annotated[str, Field(min_length=1, max_length=200)]] = []
+    """Tasks of lm-evaluation-harness, by its names (`hellaswag`), for the champion and the `milestones`."""
+    milestones: list[PositiveInt] = []
+    """Steps whose checkpoints the benchmarks run on, beside the champion; `checkpoint.keep_last` has to leave them there."""
+
+    @model_validator(mode="after")
+    def _questions_are_items(self) -> EvaluationConfig:
+        if self.questions > self.items:
+            raise ValueError(f"questions ({self.questions}) are asked of items ({self.items}); raise items too, or ask fewer")
+        return self
 
 
 class StorageConfig(Section):
@@ -386,6 +409,13 @@ class RunConfig(Section):
     def digest(self) -> str:
         """The run's identity: SHA-256 of the canonical JSON of `identity`."""
         return digest_of(self.identity)
+
+    @property
+    def data_identity(self) -> str:
+        """SHA-256 over what decides which samples are held out. Runs of equal data identity are scored on the same items, whatever their
+        network, their window and their training."""
+        names = {"filter", "text_template", "id_column", "article_column", "num_samples", "split_by", "train_ratio"}
+        return digest_of([self.seed, self.dataset.digest, self.data.model_dump(mode="json", include=names)])
 
     def differences(self, other: RunConfig) -> list[str]:
         """What keeps training from going on with `other`'s checkpoints, by name: `seed: 42, now 43` (other's value first)."""

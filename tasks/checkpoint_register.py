@@ -25,7 +25,7 @@ from model.errors import UserError
 from tasks import tracking
 from tasks.project import Project
 from tasks.steps import run_step
-from tasks.tracking import DIGEST_TAG
+from tasks.tracking import DIGEST_TAG, IDENTITY_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,11 +50,14 @@ def checkpoint_register(project: Project, name: str) -> None:
     run_id = tracking.training_run(client, project, name, config)
     with FileLock(folder.path / ".register.lock", timeout=tracking.LOCK_TIMEOUT_S):
         _ensure_registered_model(client, name)
-        versions = _versions_by_digest(client, name)
+        # The oldest version counts if someone else registered a checkpoint twice.
+        versions = {version.digest: version for version in reversed(tracking.versions(client, name))}
         entries = []
         for checkpoint in checkpoints:
             found = versions.get(checkpoint.digest)
-            version, model_id = found or _register(client, project, name, checkpoint, config, run_id)
+            version, model_id = (found.version, found.model_id) if found else _register(client, project, name, checkpoint, config, run_id)
+            if found and IDENTITY_TAG not in found.tags:  # registered before there was this tag
+                tracking.tag_version(client, name, version, {IDENTITY_TAG: config.data_identity})
             print(f"{checkpoint.name}  version {version}{'' if found else '  (new)'}", flush=True)
             entries.append(
                 {
@@ -75,23 +78,10 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
     from mlflow import MlflowException
 
     try:
-        client.create_registered_model(name, description="GPT-2, one version a checkpoint; the alias champion marks the best.")
+        client.create_registered_model(name, description="GPT-2, one version a checkpoint; the champion rule moves the alias champion.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def _versions_by_digest(client: MlflowClient, name: str) -> dict[str, tuple[str, str]]:
-    """Version and LoggedModel's id of every registered checkpoint; the oldest version if someone else registered one twice."""
-    found: dict[str, tuple[str, str]] = {}
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"], page_token=token)
-        ours = (version for version in page if DIGEST_TAG in version.tags)
-        found |= {version.tags[DIGEST_TAG]: (str(version.version), version.source.removeprefix("models:/")) for version in ours}
-        token = page.token
-        if not token:
-            return found
 
 
 def _register(client: MlflowClient, project: Project, name: str, checkpoint: Checkpoint, config: RunConfig, run_id: str) -> tuple[str, str]:
@@ -102,6 +92,7 @@ def _register(client: MlflowClient, project: Project, name: str, checkpoint: Che
         "step": str(checkpoint.step),
         "config_digest": config.digest,
         "dataset_digest": config.dataset.digest,
+        IDENTITY_TAG: config.data_identity,
     }
     model = _logged_model(client, project, checkpoint, run_id, tags)
     with _default_uri(client.tracking_uri):

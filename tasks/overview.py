@@ -17,9 +17,16 @@ from tasks.project import Project, read_json
 
 Row = dict[str, Any]
 
+SCORES = (
+    *("validation_loss", "text_bits_per_byte", "answer_bits_per_byte", "answer_alone_bits_per_byte"),
+    *("distractor_accuracy", "distractor_rank", "format_adherence", "exact_match", "token_f1"),
+    *("questions", "checkable", "items", "intervals", "reason"),
+)
+"""What `scores.json` says of a checkpoint that the list of checkpoints repeats."""
+
 
 def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[Row]:
-    """The run's checkpoints, oldest first: name, step, digest, model_sha256, whole, champion, version, and their scores if they have any.
+    """The run's checkpoints, oldest first: name, step, digest, model_sha256, whole, champion, best, version, and SCORES if it is evaluated.
 
     `whole` means that all files are there in their sizes; with `verify` every byte is read. A digest is None where no manifest can be read,
     version is None where a checkpoint is not registered, a score is None where it is not evaluated.
@@ -27,7 +34,7 @@ def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[R
     folder = project.run_folder(name)
     versions = {entry["digest"]: entry["version"] for entry in read_json(folder.registered) or []}
     scores = read_json(folder.scores) or {}
-    champion = (scores.get("champion") or {}).get("digest")
+    marked = {alias: (scores.get(alias) or {}).get("digest") for alias in ("champion", "best")}
     scored = {entry["digest"]: entry for entry in scores.get("checkpoints", [])}
     rows = []
     for path in CheckpointStore(folder.checkpoints).folders():
@@ -41,12 +48,25 @@ def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[R
         except NotWhole as error:
             row["problem"] = str(error)
         digest = row["digest"]
-        row["champion"] = digest is not None and digest == champion
+        row |= {alias: digest is not None and digest == marks for alias, marks in marked.items()}
         row["version"] = versions.get(digest)
-        for score in ("validation_bits_per_byte", "gold_bits_per_byte", "exact_match", "questions"):
-            row[score] = scored.get(digest, {}).get(score)
+        row |= {score: scored.get(digest, {}).get(score) for score in SCORES}
         rows.append(row)
     return rows
+
+
+def champion_line(project: Project, name: str) -> str | None:
+    """Which checkpoint is champion and why, in a line; None if none is, or nothing was evaluated."""
+    scores = read_json(project.run_folder(name).scores) or {}
+    champion = scores.get("champion")
+    if not champion:
+        return None
+    row = next((row for row in scores.get("checkpoints", []) if row["digest"] == champion["digest"]), None)
+    if row is not None:
+        return f"champion: {row['name']} {row['reason']}"
+    which = f"version {champion.get('version')}{', ' + champion['name'] if champion.get('name') else ''}"
+    stays = next((row["reason"] for row in reversed(scores.get("checkpoints", []))), "")
+    return f"champion: {which}, not a checkpoint of this folder; {stays}"
 
 
 def example_question(project: Project, name: str) -> str:
@@ -70,7 +90,7 @@ def run_status(project: Project, name: str) -> Row:
     return {
         "experiment": name,
         "config_digest": validated(RunConfig, read_yaml(folder.config), folder.config.name).digest if folder.config.exists() else None,
-        "state": _state(folder, events),
+        "state": run_state(folder, events),
         "step": steps[-1]["step"] if steps else 0,
         "tokens": steps[-1]["tokens"] if steps else 0,
         "stages": versioning.stage_states(project, name),
@@ -83,7 +103,8 @@ def code_differs(project: Project, name: str) -> bool:
     return bool(started) and started[-1]["code"] != code_identity()
 
 
-def _state(folder: RunFolder, events: list[Event]) -> str:
+def run_state(folder: RunFolder, events: list[Event]) -> str:
+    """`not started`, `training`, `stopped` (on request), `interrupted` (by a fault) or `finished`, by the events of this training."""
     trainer = read_json(folder.lock.with_suffix(".json"))
     if trainer and psutil.pid_exists(trainer["pid"]):
         return "training"

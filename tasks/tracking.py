@@ -1,4 +1,4 @@
-"""MLflow: where it is, the run that stands for a training, scores, tables, and the champion.
+"""MLflow: where it is, the run that stands for a training, scores, tables, versions and their aliases.
 
 Importing this module is cheap and sets MLflow's own settings; MLflow itself (a second or two) is imported when it is used.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +25,19 @@ from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.training.journal import read_all
+from tasks import recipe
 from tasks.project import Project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
-"""The registry alias of the best version."""
+"""The registry alias of the version that the champion rule chose."""
+BEST = "best"
+"""The registry alias of the version with the lowest validation loss."""
+IDENTITY_TAG = "data_identity"
+"""The tag that says which samples were held out: only versions that agree in it are scored on the same items."""
 DIGEST_TAG = "checkpoint_digest"
 """The tag that names the checkpoint of a LoggedModel and of a version."""
 EVALUATION = "evaluation"
@@ -144,6 +153,7 @@ def training_run(client: MlflowClient, project: Project, name: str, config: RunC
         run_id = str(run.info.run_id)
         if not run.inputs.dataset_inputs:  # logged last: an earlier process may have been killed before
             _describe(client, run_id, config)
+        recipe.log(client, run, run_folder, config, project.experiment(name).hardware)
     return run_id
 
 
@@ -200,23 +210,58 @@ def log_table(client: MlflowClient, run_id: str, rows: list[dict[str, Any]], art
         client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([*tables[-50:], entry]))
 
 
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model that holds a checkpoint."""
+
+    version: str
+    digest: str | None
+    """The checkpoint's; None if somebody registered something else."""
+    model_id: str
+    tags: dict[str, str]
+
+
+def versions(client: MlflowClient, name: str) -> list[Version]:
+    """All versions of the registered model, oldest first."""
+    found: list[Version] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        found += [_version(version) for version in page]
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: int(version.version))
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(str(found.version), found.tags.get(DIGEST_TAG), (found.source or "").removeprefix("models:/"), dict(found.tags))
+
+
 def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
     """The registered model's version that holds the checkpoint with this digest; None if there is none."""
     versions = client.search_model_versions(f"name = '{name}' AND tags.{DIGEST_TAG} = '{digest}'")
     return str(min(versions, key=lambda version: int(version.version)).version) if versions else None
 
 
-def champion_digest(client: MlflowClient, name: str) -> str | None:
-    """The digest of the checkpoint that the alias `champion` marks; None if nothing is marked, or nothing registered."""
+def version_with(client: MlflowClient, name: str, alias: str) -> Version | None:
+    """What the alias marks; None if nothing is marked, or nothing registered."""
     from mlflow import MlflowException
 
     try:
-        version = client.get_registered_model(name).aliases.get(CHAMPION)
+        return _version(client.get_model_version_by_alias(name, alias))
     except MlflowException as error:
+        # No such model. The other code also stands for requests that are wrong: whether there is no such alias, the model says.
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
-        raise
-    return client.get_model_version(name, version).tags.get(DIGEST_TAG) if version else None
+        if error.error_code != "INVALID_PARAMETER_VALUE" or alias in client.get_registered_model(name).aliases:
+            raise
+        return None
+
+
+def champion_digest(client: MlflowClient, name: str) -> str | None:
+    """The digest of the checkpoint that the alias `champion` marks; None if nothing is marked, or nothing registered."""
+    champion = version_with(client, name, CHAMPION)
+    return champion.digest if champion else None
 
 
 def note_aliases(client: MlflowClient, run_folder: RunFolder) -> None:
@@ -238,7 +283,7 @@ def note_aliases(client: MlflowClient, run_folder: RunFolder) -> None:
 
 
 def set_champion(client: MlflowClient, name: str, digest: str) -> None:
-    """Move the alias to the version of this checkpoint.
+    """Move the alias to the version of this checkpoint, whatever stands. The champion rule is tasks/champion.py's.
 
     Raises:
         LookupError: no version holds it.
@@ -247,6 +292,24 @@ def set_champion(client: MlflowClient, name: str, digest: str) -> None:
     if version is None:
         raise LookupError(f"no version of the registered model {name} holds the checkpoint {digest}")
     client.set_registered_model_alias(name, CHAMPION, version)
+
+
+def alias_lock(project: Project, experiment: Experiment, name: str) -> FileLock:
+    """Whoever moves an alias of `name` holds it: the registry has no compare-and-set. It keeps out every process that can reach its folder.
+    MLflow's SQLite file has the lock beside it: that is all who use the file, clones that share a storage included, as far as the file
+    system has locks. At an MLflow server it is this project folder's processes only: others can move an alias at the same time."""
+    folder = _database_folder(tracking_uri(project, experiment)) or project.scratch_folder()
+    return FileLock(folder / f".aliases-{name}.lock", timeout=LOCK_TIMEOUT_S, poll_interval=0.01)
+
+
+def _database_folder(uri: str) -> Path | None:
+    """Where a SQLite file lies; None if the URI is a server's."""
+    if not uri.startswith("sqlite:"):
+        return None
+    from sqlalchemy import make_url
+
+    database = make_url(uri).database
+    return Path(database).absolute().parent if database else None
 
 
 def tag_version(client: MlflowClient, name: str, version: str, tags: dict[str, str]) -> None:
@@ -270,3 +333,26 @@ def materialise(client: MlflowClient, model_id: str, folder: Path) -> None:
     if MANIFEST not in there:
         for name in (MODEL, STATE, MANIFEST):  # the manifest last: with it, the folder is complete
             client.log_model_artifact(model_id, str(folder / name), BESIDE)
+
+
+def fetch_materialised(client: MlflowClient, version: Version, folder: Path) -> None:
+    """Bring the weights that `materialise` put into the registry here, as `folder` (there is none yet): without the optimizer's state.
+
+    Raises:
+        NotWhole: they are not in the registry, or not the version's.
+    """
+    from mlflow import MlflowException
+    from mlflow.artifacts import download_artifacts
+
+    from tasks.served_model import BESIDE, complaint_about
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        try:
+            location = client.get_logged_model(version.model_id).artifact_location
+            place = Path(download_artifacts(f"{location}/{BESIDE}", dst_path=scratch, tracking_uri=client.tracking_uri))
+        except (MlflowException, OSError) as error:
+            raise NotWhole(f"its weights are not in the registry: {error}") from None
+        if complaint := complaint_about(place, version.digest or ""):
+            raise NotWhole(f"its weights in the registry: {complaint}")
+        shutil.move(place, folder)

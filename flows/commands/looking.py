@@ -29,9 +29,9 @@ def checkpoints(
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        from flows.checkpoint_page import table
+        from flows.checkpoint_page import print_checkpoints
 
-        Console().print(table(rows))
+        print_checkpoints(project, name, rows)
     else:
         print(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
     if not all(row["whole"] for row in rows):

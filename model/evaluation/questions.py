@@ -1,31 +1,20 @@
-"""Held-out questions: the same for every checkpoint, answered greedily, graded without a judge."""
+"""Questions answered greedily, graded without a judge."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from model.config import DataConfig
-from model.digest import digest_of
+from model.evaluation.items import Item, Template, normalised
 from model.generation import generate
 from model.gpt2 import GPT2
 from model.tokenizer import END_OF_TEXT, decode, encode
 
-
-@dataclass(frozen=True)
-class Question:
-    """One held-out row, cut where the network takes over."""
-
-    id: str
-    article: str
-    exercise: str
-    prompt: str
-    """The text up to where the reasoning begins."""
-    gold: str
-    """What follows in the data: reasoning, delimiter, answer."""
-    answer: str
-    """The gold answer alone."""
+CHECKABLE_WORDS = 8
+"""A gold answer of one line and at most so many words is right or wrong; a longer one can be said in many ways."""
 
 
 @dataclass(frozen=True)
@@ -35,62 +24,80 @@ class Graded:
     text: str
     """Everything it wrote."""
     answer: str | None
-    """What stands after the answer's delimiter; None without a delimiter."""
+    """What stands after the answer's delimiter, to the next one; None without a delimiter."""
     well_formed: bool
-    """The delimiter once, an answer that is not empty, end of text reached."""
-    exact_match: bool
-    """The answer is the gold one, but for case, spaces and a final full stop."""
+    """Every delimiter of the template in its place and only there, an answer that is not empty, end of text reached."""
+    exact_match: bool | None
+    """The answer is the gold one, but for case, spaces and a final full stop; None: the gold answer is not `checkable`."""
+    token_f1: float
+    """0 to 1: the words that it shares with the gold answer (SQuAD's F1); 0 without an answer."""
 
 
-def make_questions(rows: Sequence[dict[str, Any]], data: DataConfig, kind_column: str | None) -> list[Question]:
-    """Questions from held-out rows, which have `id`, `article`, the template's columns and `kind_column`."""
-    rest = data.text_template.removeprefix(data.prompt_template)
-    questions = []
-    for row in rows:
-        fields = {column: row[column] or "" for column in data.text_columns}
-        questions.append(
-            Question(
-                id=row["id"],
-                article=row["article"],
-                exercise=str(row[kind_column] or "") if kind_column else "",
-                prompt=data.prompt_template.format(**fields),
-                gold=rest.format(**fields),
-                answer=fields[data.text_columns[-1]],
-            )
-        )
-    return questions
+def checkable(answer: str) -> bool:
+    """Whether a gold answer is short enough to be compared as a whole: one line, not empty, `CHECKABLE_WORDS` words at most."""
+    return len(answer.strip().splitlines()) == 1 and len(answer.split()) <= CHECKABLE_WORDS and bool(normalised(answer))
 
 
-def questions_digest(questions: Sequence[Question]) -> str:
-    """Names the set: another question, another order or another text gives another digest."""
-    return digest_of([asdict(question) for question in questions])
+def token_f1(answer: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over words, without case, punctuation and English articles (Rajpurkar et al. 2016, SQuAD)."""
+    ours, theirs = _words(answer), _words(gold)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs)) if ours and theirs else float(ours == theirs)
 
 
-def normalised(text: str) -> str:
-    """For comparing answers: case, runs of spaces and a final full stop do not count."""
-    return " ".join(text.lower().split()).rstrip(".")
+def _words(text: str) -> list[str]:
+    bare = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def grade(question: Question, text: str, ended: bool, delimiter: str) -> Graded:
-    """Judge what was written after the prompt; `ended` says whether it reached its end of text."""
-    parts = text.split(delimiter)
-    found = parts[1] if len(parts) > 1 else None
+def grade(item: Item, template: Template, text: str, ended: bool) -> Graded:
+    """Judge what was written after the question; `ended` says whether it reached its end of text.
+
+    Delimiters of white space alone (or nothing) occur in any text and are not asked for.
+    """
+    delimiters = [literal for literal in template.between if literal.strip()]
+    ending = template.ending if template.ending.strip() else ""
+    answer = _answer(text, delimiters, ending)
     return Graded(
         text=text,
-        answer=found,
-        well_formed=len(parts) == 2 and bool(parts[1].strip()) and ended,
-        exact_match=found is not None and bool(found.strip()) and normalised(found) == normalised(question.answer),
+        answer=answer,
+        well_formed=ended and bool((answer or "").strip()) and _in_order(text, [*delimiters, *([ending] if ending else [])]),
+        exact_match=answer is not None and normalised(answer) == normalised(item.answer) if checkable(item.answer) else None,
+        token_f1=0.0 if answer is None else token_f1(answer, item.answer),
     )
 
 
-def ask(model: GPT2, questions: Sequence[Question], delimiter: str, max_new_tokens: int, batch_size: int) -> list[Graded]:
-    """Greedy answers, graded. Prompts of like length share a batch; the order of the questions stays."""
-    prompts = [encode(question.prompt) for question in questions]
-    by_length = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
-    graded: dict[int, Graded] = {}
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        for i, tokens in zip(chosen, generate(model, [prompts[i] for i in chosen], max_new_tokens), strict=True):
-            ended = tokens[-1] == END_OF_TEXT
-            graded[i] = grade(questions[i], decode(tokens[:-1] if ended else tokens), ended, delimiter)
-    return [graded[i] for i in range(len(questions))]
+def _in_order(text: str, delimiters: list[str]) -> bool:
+    """Whether the delimiters come one after the other, the first of them at once, and each only as often as the template has it."""
+    at = 0
+    for number, delimiter in enumerate(delimiters):
+        found = text.find(delimiter, at)
+        if found < 0 or (number == 0 and text[:found].strip()):
+            return False
+        at = found + len(delimiter)
+    return all(text.count(delimiter) == delimiters.count(delimiter) for delimiter in delimiters)
+
+
+def _answer(text: str, delimiters: list[str], ending: str) -> str | None:
+    """What follows the answer's delimiter, to its next occurrence, the template's ending, or the end."""
+    if delimiters:
+        last, place = delimiters[-1], delimiters.count(delimiters[-1])
+        parts = text.split(last)
+        if len(parts) <= place:
+            return None
+        text = parts[place]
+    return text.partition(ending)[0] if ending else text
+
+
+def ask(model: GPT2, prompts: Sequence[str], max_new_tokens: int, batch_size: int) -> list[tuple[str, bool]]:
+    """What the network writes greedily after each prompt, and whether it reached its end of text; the order of the prompts stays.
+
+    As in training, a text begins after the end of another. Spaces at a prompt's end are left to the network: with what follows they are
+    other tokens than alone.
+    """
+    tokens = [[END_OF_TEXT, *encode(prompt.rstrip())] for prompt in prompts]
+    written = []
+    for row in generate(model, tokens, max_new_tokens, batch_size=batch_size):
+        ended = row[-1] == END_OF_TEXT
+        written.append((decode(row[:-1] if ended else row), ended))
+    return written

@@ -1,65 +1,55 @@
-"""The scores of one checkpoint on the run's fixed held-out items, kept under a key that says what was scored on what.
+"""The scores of one checkpoint on the run's fixed held-out items.
 
 Two halves of the validation articles: one chooses the champion, the other reports. A choice made on the items it is reported on flatters.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import os
-import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from model import disk
 from model.checkpoint.store import Checkpoint
 from model.config import EvaluationConfig, RunConfig
-from model.digest import digest_of, sealed, unsealed
-from model.evaluation.likelihood import continuation_bits, validation_loss
-from model.evaluation.questions import Question, ask, make_questions, questions_digest
+from model.digest import digest_of
+from model.errors import UserError
+from model.evaluation.intervals import clustered
+from model.evaluation.items import DISTRACTORS, Item, Template, make_items
+from model.evaluation.likelihood import continuation_bits, exact_fp32
+from model.evaluation.questions import Graded, ask, grade
 from model.gpt2 import GPT2
 from model.huggingface import load_model
 from model.stream.manifest import DatasetManifest
-from model.stream.validation import held_out_rows, validation_windows
-from model.tokenizer import END_OF_TEXT, encode
+from model.stream.validation import Half, held_out_rows
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
 """Part of the key: raise it when a score's meaning changes, and every checkpoint is scored again."""
+
+_HALVES: tuple[Half, Half] = ("choose", "report")
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The items every checkpoint of the run is scored on."""
+    """What every checkpoint of a data identity is scored on."""
 
-    windows: np.ndarray
-    """Validation windows, uint16 [windows, max_length + 1]."""
-    choose: list[Question]
-    """For choosing the champion."""
-    report: list[Question]
-    """For the figures shown; answered greedily, too."""
+    items: list[Item]
+    """The choosing half's, then the reporting half's. The first `settings.questions` of the latter are also asked."""
+    text_template: str
     settings: EvaluationConfig
-    delimiter: str
 
-    @property
+    def half(self, half: Half) -> list[Item]:
+        """The items of one half."""
+        return [item for item in self.items if item.half == half]
+
+    @cached_property
     def digest(self) -> str:
         """Names items and settings that decide the scores; the batch size does not."""
-        return digest_of(
-            [
-                questions_digest(self.choose),
-                questions_digest(self.report),
-                digest_of(self.windows.tolist()),
-                self.settings.max_new_tokens,
-                self.delimiter,
-            ]
-        )
+        settings = self.settings.model_dump(mode="json", include={"questions", "max_new_tokens", "prompts"})
+        return digest_of([[asdict(item) for item in self.items], self.text_template, settings])
 
     def key(self, checkpoint: Checkpoint) -> str:
         """(checkpoint, evaluation set, evaluation version) as one digest."""
@@ -67,17 +57,18 @@ class EvaluationSet:
 
 
 def evaluation_set(config: RunConfig, manifest: DatasetManifest, settings: EvaluationConfig) -> EvaluationSet:
-    """The run's held-out items: a function of its data, seed and evaluation settings."""
-    data, seed = config.data, config.seed
-    kind = settings.kind_column
-    columns = [*data.text_columns, kind] if kind else data.text_columns
-    return EvaluationSet(
-        windows=validation_windows(manifest, data, seed, config.training.eval_iters * config.training.batch_size),
-        choose=make_questions(held_out_rows(manifest, data, seed, settings.questions, "choose", columns), data, kind),
-        report=make_questions(held_out_rows(manifest, data, seed, settings.questions, "report", columns), data, kind),
-        settings=settings,
-        delimiter=data.answer_delimiter,
-    )
+    """The held-out items: a function of the run's data identity and the evaluation's settings alone.
+
+    Raises:
+        UserError: a half holds no sample.
+    """
+    items: list[Item] = []
+    for half in _HALVES:
+        rows = held_out_rows(manifest, config.data, config.seed, settings.items, half, settings.kind_column)
+        if not rows:
+            raise UserError("data.train_ratio: what is left for validation is too little to be scored on; lower it, or use more samples")
+        items += make_items(rows, config.data, half)
+    return EvaluationSet(items, config.data.text_template, settings)
 
 
 @dataclass(frozen=True)
@@ -85,78 +76,112 @@ class Scores:
     """A checkpoint's summary and, per item, what it comes from."""
 
     summary: dict[str, float]
+    """Of the reporting half."""
+    intervals: dict[str, tuple[float, float]]
+    """95 %, clustered by article, of the summary's means and ratios, within what is possible; none where all items are of one article."""
     items: list[dict[str, Any]]
+    """One row an item, both halves."""
+    samples: list[dict[str, str]]
+    """`prompt` and `text`: what it writes after each of the settings' prompts."""
 
 
 def score(checkpoint: Checkpoint, items: EvaluationSet, device: torch.device) -> Scores:
-    """Score one checkpoint. The caller has verified its digests."""
+    """Score one checkpoint. The caller has verified its digests.
+
+    The network looks back as far as it was trained to: positions beyond `data.max_length` may exist and mean nothing.
+    """
     model = load_model(checkpoint.path, device)
-    batch = items.settings.batch_size
-    validated = validation_loss(model, items.windows, batch)
-    assert validated is not None
-    rows = _gold_bits(model, items.choose, batch, half="choose") + _gold_bits(model, items.report, batch, half="report")
-    graded = ask(model, items.report, items.delimiter, items.settings.max_new_tokens, batch)
-    for row, result in zip(rows[len(items.choose) :], graded, strict=True):
-        row.update(text=result.text, answer=result.answer, well_formed=result.well_formed, exact_match=result.exact_match)
-    report = rows[len(items.choose) :]
-    summary = {
-        "validation_loss": validated[0],
-        "validation_bits_per_byte": validated[1],
-        "gold_bits_per_byte": sum(row["gold_bits"] for row in report) / sum(row["gold_bytes"] for row in report),
-        "exact_match": sum(result.exact_match for result in graded) / len(graded),
-        "format_adherence": sum(result.well_formed for result in graded) / len(graded),
-        "questions": len(graded),
-    }
-    for kind in sorted({question.exercise for question in items.report if question.exercise}):
-        matches = [result.exact_match for question, result in zip(items.report, graded, strict=True) if question.exercise == kind]
-        summary[f"exact_match.{kind}"] = sum(matches) / len(matches)
-    return Scores(summary, rows)
+    trained = RunConfig.model_validate(checkpoint.state()["config"])
+    model.config = model.config.model_copy(update={"context_length": trained.data.max_length})
+    template, settings = Template(items.text_template), items.settings
+    asked = items.half("report")[: settings.questions]
+    prompts = [template.prompt(prompt) for prompt in settings.prompts]
+    with exact_fp32():
+        rows = _likelihoods(model, items.items, settings.batch_size)
+        written = ask(model, [*(item.question for item in asked), *prompts], settings.max_new_tokens, settings.batch_size)
+    report = [row for row in rows if row["half"] == "report"]
+    for item, row, (text, ended) in zip(asked, report, written, strict=False):
+        row.update(_graded(grade(item, template, text, ended)))
+    samples = [{"prompt": prompt, "text": text} for prompt, (text, _) in zip(prompts, written[len(asked) :], strict=True)]
+    summary, intervals = _summary(report)
+    return Scores(summary, intervals, rows, samples)
 
 
-def _gold_bits(model: GPT2, questions: list[Question], batch_size: int, half: str) -> list[dict[str, Any]]:
-    """Bits of the gold reasoning and answer given the question, an item a row."""
-    continuations = [[*encode(question.gold), END_OF_TEXT] for question in questions]
-    bits = continuation_bits(model, [encode(question.prompt) for question in questions], continuations, batch_size)
-    rows = []
-    for question, gold_bits in zip(questions, bits, strict=True):
-        gold_bytes = max(1, len(question.gold.encode()))
-        unanswered = {"text": None, "answer": None, "well_formed": None, "exact_match": None}
-        gold = {"gold_answer": question.answer, "gold_bits": gold_bits, "gold_bytes": gold_bytes}
-        rows.append({"half": half, **asdict(question), **gold, **unanswered})
+def _likelihoods(model: GPT2, items: Sequence[Item], batch_size: int) -> list[dict[str, Any]]:
+    """What the network makes of each gold text; the columns of answers are still empty."""
+    pairs: list[tuple[str, str]] = []
+    for item in items:
+        pairs += [("", item.text), (item.given, item.answer + item.ending), (item.alone, item.answer + item.ending)]
+        pairs += [(item.alone, distractor + item.ending) for distractor in item.distractors]
+    bits = iter(continuation_bits(model, pairs, batch_size))
+    rows: list[dict[str, Any]] = []
+    for item in items:
+        text, answer, alone = next(bits), next(bits), next(bits)
+        others = [next(bits) / max(1, _bytes(distractor + item.ending)) for distractor in item.distractors]
+        answer_bytes = _bytes(item.answer + item.ending)
+        rows.append(
+            {
+                "half": item.half,
+                "id": item.id,
+                "article": item.article,
+                "exercise": item.exercise,
+                "question": item.question,
+                "gold_answer": item.answer,
+                "text_bits": text,
+                "text_bytes": _bytes(item.text),
+                "answer_bits": answer,
+                "answer_alone_bits": alone,
+                "answer_bytes": answer_bytes,
+                "distractor_rank": 1 + sum(other <= alone / max(1, answer_bytes) for other in others),
+                "written": None,
+                "answer": None,
+                "well_formed": None,
+                "exact_match": None,
+                "token_f1": None,
+            }
+        )
     return rows
 
 
-def stored_scores(folder: Path, key: str) -> Scores | None:
-    """What was scored under this key before; None if nothing whole is there."""
-    place = folder / key[:24]
-    try:
-        contents = unsealed((place / "summary.json").read_text(encoding="utf-8"))
-        items = (place / "items.parquet").read_bytes()
-        if contents["key"] != key or contents["items_sha256"] != hashlib.sha256(items).hexdigest():
-            return None
-        return Scores(contents["summary"], pq.read_table(pa.BufferReader(items)).to_pylist())
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        return None
+def _bytes(text: str) -> int:
+    return len(text.encode())
 
 
-def store_scores(folder: Path, key: str, scores: Scores) -> None:
-    """Keep the scores under their key, all at once: a kill half-way leaves nothing that counts."""
-    assert all(math.isfinite(value) for value in scores.summary.values())
-    place = folder / key[:24]
-    partial = folder / f".{key[:24]}.{os.getpid()}.partial"
-    disk.sweep(folder, f".{key[:24]}.")
-    partial.mkdir(parents=True)
-    items = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(scores.items), items)
-    disk.write_file(partial / "items.parquet", items.getvalue())
-    contents = {"key": key, "items_sha256": hashlib.sha256(items.getvalue()).hexdigest(), "summary": scores.summary}
-    disk.write_file(partial / "summary.json", sealed(contents).encode())
-    if place.exists():  # what lay there was not whole, or `stored_scores` would have found it
-        shutil.rmtree(place)
-    try:
-        disk.rename(partial, place)
-        disk.fsync(folder)
-    except OSError:
-        if stored_scores(folder, key) is None:
-            raise
-        shutil.rmtree(partial)  # somebody else scored the same at the same time
+def _graded(graded: Graded) -> dict[str, Any]:
+    return {
+        "written": graded.text,
+        "answer": graded.answer,
+        "well_formed": graded.well_formed,
+        "exact_match": graded.exact_match,
+        "token_f1": graded.token_f1,
+    }
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Figures of the reporting half, and the intervals of those that are ratios or means over items."""
+    asked = [row for row in rows if row["written"] is not None]
+    checked = [row for row in asked if row["exact_match"] is not None]
+    summary: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+
+    def add(key: str, of: Sequence[dict[str, Any]], above: list[float], below: list[int] | None = None, most: float = math.inf) -> None:
+        below = [1] * len(of) if below is None else below
+        if of:
+            summary[key] = math.fsum(above) / max(1, sum(below))
+        if sum(below) and len({row["article"] for row in of}) > 1:
+            interval = clustered(above, below, [row["article"] for row in of])
+            intervals[key] = max(0.0, interval.low), min(most, interval.high)
+
+    answer_bytes = [row["answer_bytes"] for row in rows]
+    add("text_bits_per_byte", rows, [row["text_bits"] for row in rows], [row["text_bytes"] for row in rows])
+    add("answer_bits_per_byte", rows, [row["answer_bits"] for row in rows], answer_bytes)
+    add("answer_alone_bits_per_byte", rows, [row["answer_alone_bits"] for row in rows], answer_bytes)
+    add("distractor_accuracy", rows, [float(row["distractor_rank"] == 1) for row in rows], most=1)
+    add("distractor_rank", rows, [float(row["distractor_rank"]) for row in rows], most=DISTRACTORS + 1)
+    add("format_adherence", asked, [float(row["well_formed"]) for row in asked], most=1)
+    add("token_f1", asked, [row["token_f1"] for row in asked], most=1)
+    add("exact_match", checked, [float(row["exact_match"]) for row in checked], most=1)
+    for kind in sorted({row["exercise"] for row in checked if row["exercise"]}):
+        of_kind = [row for row in checked if row["exercise"] == kind]
+        add(f"exact_match.{kind}", of_kind, [float(row["exact_match"]) for row in of_kind], most=1)
+    return {**summary, "checkable": len(checked), "questions": len(asked), "items": len(rows)}, intervals

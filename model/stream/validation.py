@@ -1,14 +1,15 @@
-"""Held-out data: windows to measure the loss on, and rows to ask questions about."""
+"""Held-out data: windows to measure the loss on, and rows to score checkpoints on."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,12 @@ from model import disk
 from model.config import DataConfig
 from model.digest import digest_of
 from model.errors import UserError
-from model.stream.manifest import DataFile, DatasetManifest
+from model.stream.manifest import DatasetManifest
 from model.stream.packing import Packer
 from model.stream.reader import Reader
 from model.stream.split import as_bytes, names_of
+
+Half = Literal["choose", "report"]
 
 _CACHE_FORMAT = 2
 _CANDIDATES = 16
@@ -80,70 +83,143 @@ def _seal(key: str, windows: np.ndarray) -> str:
     return hashlib.sha256(key.encode() + windows.tobytes()).hexdigest()
 
 
-def held_out_rows(
-    manifest: DatasetManifest, data: DataConfig, seed: int, count: int, half: Literal["choose", "report"], columns: Sequence[str]
-) -> list[dict[str, Any]]:
-    """`count` rows of a validation half (all of it if it is smaller), in the order of a keyed hash of their ids: what lies together in the
-    files, a kind of exercise for example, is mixed.
+@dataclass(frozen=True)
+class HeldOutRow:
+    """A sample that no training sees."""
 
-    They are chosen among the beginnings of several files; memory is bounded by `count` rows. Each row has `id`, `article` (its own id if it
-    has none) and the asked `columns`.
+    id: str
+    article: str
+    """The article it was made from; its own id if it has none."""
+    kind: str
+    """The value of the column that strata go by; empty where that is null, or there is no such column."""
+    texts: dict[str, str]
+    """The template's columns, as the reader puts them into a text: a null is empty, bytes that are not UTF-8 are replaced."""
+
+
+class _Candidate(NamedTuple):
+    """A row that may be chosen: all that deciding takes, without its texts."""
+
+    rank: bytes
+    """Keyed hash of its id."""
+    file: int
+    place: int
+    """Its number among the half's rows of the file."""
+    id: str
+    article: str
+    kind: str
+
+
+def held_out_rows(
+    manifest: DatasetManifest, data: DataConfig, seed: int, count: int, half: Half, kind_column: str | None = None
+) -> list[HeldOutRow]:
+    """`count` rows of a validation half (all of it if it is smaller): a function of the samples and the split alone.
+
+    Strata: each value of `kind_column` has its proportional share, and one row at least, so the mean over the rows estimates the mean over
+    the dataset and no kind is missing. (Equal shares would let a kind that hardly occurs weigh as much as the commonest.) Beyond `count`
+    kinds the commonest are taken. Within a stratum the order is that of a keyed hash of the ids, rows of articles not chosen yet first: a
+    second row of an article tells less than the first of another. The order of all mixes the strata, so that the first n rows have the
+    strata's shares, too.
+
+    No article is in two halves or in training if `data.split_by` is `article`; with `sample` that holds for rows alone, and rows of one
+    article may be in both halves and in training.
+
+    Reading is bounded: candidates come from the beginnings of several files, and texts are read of the chosen alone. Only where those
+    beginnings hold fewer than `count` rows, all files are read.
+
+    Raises:
+        UserError, Stopped: as `Reader.samples`.
     """
     reader = Reader(data, seed)
     step = max(1, len(manifest.files) // _FILES)
-    some = manifest.files[::step]
-    quota = max(1, math.ceil(_CANDIDATES * count / len(some)))
-    chosen = _smallest(reader, some, half, columns, count, quota)
-    if len(chosen) < count:
-        chosen = _smallest(reader, manifest.files, half, columns, count, None)
-    return chosen
+    some = range(0, len(manifest.files), step)
+    found = _candidates(reader, manifest, some, half, kind_column, max(1, math.ceil(_CANDIDATES * count / max(1, len(some)))))
+    if len(found) < count:
+        found = _candidates(reader, manifest, range(len(manifest.files)), half, kind_column, None)
+    chosen = _chosen(found, count)
+    texts = _texts(reader, manifest, half, chosen)
+    return [
+        HeldOutRow(row.id, row.article, row.kind, texts[row.file, row.place]) for row in chosen if (row.file, row.place) in texts
+    ]  # under data.quarantine a file's texts may end before its ids do
 
 
-def _smallest(
-    reader: Reader, files: list[DataFile], half: Literal["choose", "report"], columns: Sequence[str], count: int, quota: int | None
-) -> list[dict[str, Any]]:
-    """The `count` rows of smallest hash among the first `quota` rows of the half in each file (None: among all)."""
+def _candidates(
+    reader: Reader, manifest: DatasetManifest, files: range, half: Half, kind_column: str | None, quota: int | None
+) -> list[_Candidate]:
+    """The first `quota` rows of the half in each of `files` (None: all)."""
     data = reader.data
     article = [data.article_column] if data.article_column is not None else []
-    needed = list(dict.fromkeys([data.id_column, *article, *columns]))
-    heap: list[tuple[int, int, dict[str, Any]]] = []
-    seen = 0
-    for file in files:
-        left = quota
+    kind = [kind_column] if kind_column is not None else []
+    needed = list(dict.fromkeys([data.id_column, *article, *kind]))
+    found: list[_Candidate] = []
+    for number in files:
+        file, seen = manifest.files[number], 0
         for rows in reader.readable_samples(file, [half], needed):
-            if left is not None:
-                rows = rows.slice(0, left)
-                left -= rows.num_rows
-            numbers = np.arange(seen, seen + rows.num_rows)
-            ids = names_of(rows, [data.id_column], file.name, numbers).to_pylist()
-            articles = names_of(rows, [*article, data.id_column], file.name, numbers).to_pylist()
-            for place, name in enumerate(ids):
-                rank = -int.from_bytes(hashlib.blake2b(name, digest_size=8, key=reader.splitter.key).digest(), "little")
-                if len(heap) < count or rank > heap[0][0]:
-                    row = {
-                        "id": _text(name),
-                        "article": _text(articles[place]),
-                        **{column: _cell(rows, column, place) for column in columns},
-                    }
-                    entry = (rank, -(seen + place), row)
-                    if len(heap) < count:
-                        heapq.heappush(heap, entry)
-                    else:
-                        heapq.heapreplace(heap, entry)
+            rows = rows if quota is None else rows.slice(0, quota - seen)
+            places = np.arange(seen, seen + rows.num_rows)
+            ids = names_of(rows, [data.id_column], f"{file.name}#{half}", places).to_pylist()
+            articles = names_of(rows, [*article, data.id_column], f"{file.name}#{half}", places).to_pylist()
+            kinds = as_bytes(rows.column(kind_column)).to_pylist() if kind_column is not None else [None] * len(ids)
+            for place, name, of, sort in zip(places.tolist(), ids, articles, kinds, strict=True):
+                rank = hashlib.blake2b(name, digest_size=8, key=reader.splitter.key).digest()
+                found.append(_Candidate(rank, number, place, _text(name), _text(of), _text(sort or b"")))
             seen += rows.num_rows
-            if left == 0:
+            if seen == quota:
                 break
-    return [row for _, _, row in sorted(heap, key=lambda entry: entry[:2], reverse=True)]
+    return found
+
+
+def _chosen(candidates: list[_Candidate], count: int) -> list[_Candidate]:
+    """`count` of the candidates (all, if there are fewer), as `held_out_rows` says."""
+    strata: dict[str, list[_Candidate]] = {}
+    for candidate in sorted(candidates):
+        strata.setdefault(candidate.kind, []).append(candidate)
+    shares = _shares({kind: len(rows) for kind, rows in strata.items()}, count)
+    used: Counter[str] = Counter()
+    placed: list[tuple[float, _Candidate]] = []
+    for kind in sorted(
+        shares, key=lambda kind: (len(strata[kind]), kind)
+    ):  # the rarest first: they have the fewest articles to choose among
+        before, rounds = used.copy(), []
+        for candidate in strata[kind]:
+            rounds.append((before[candidate.article], candidate))
+            before[candidate.article] += 1
+        taken = [candidate for _, candidate in sorted(rounds)[: shares[kind]]]
+        used.update(candidate.article for candidate in taken)
+        placed += [((number + 0.5) / len(taken), candidate) for number, candidate in enumerate(taken)]
+    return [candidate for _, candidate in sorted(placed)]
+
+
+def _shares(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """How many rows each stratum gives: proportional (largest remainders), and one at least; no more than it has."""
+    count = min(count, sum(sizes.values()))
+    sizes = dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:count])
+    exact = {kind: size * count / sum(sizes.values()) for kind, size in sizes.items()}
+    shares = {kind: max(1, math.floor(share)) for kind, share in exact.items()}
+    for kind in sorted(sizes, key=lambda kind: shares[kind] - exact[kind])[: max(0, count - sum(shares.values()))]:
+        shares[kind] += 1
+    while sum(shares.values()) > count:
+        shares[max((kind for kind in sizes if shares[kind] > 1), key=lambda kind: shares[kind] - exact[kind])] -= 1
+    return shares
+
+
+def _texts(reader: Reader, manifest: DatasetManifest, half: Half, chosen: list[_Candidate]) -> dict[tuple[int, int], dict[str, str]]:
+    """The template's columns of the chosen rows, by file and place."""
+    columns, texts = reader.data.text_columns, {}
+    for number in sorted({row.file for row in chosen}):
+        wanted, seen = sorted(row.place for row in chosen if row.file == number), 0
+        for rows in reader.readable_samples(manifest.files[number], [half], columns):
+            here = [place for place in wanted if seen <= place < seen + rows.num_rows]
+            cells = {
+                column: as_bytes(rows.column(column).take(pa.array([place - seen for place in here], pa.int64()))).to_pylist()
+                for column in columns
+            }
+            for i, place in enumerate(here):
+                texts[number, place] = {column: _text(cells[column][i] or b"") for column in columns}
+            seen += rows.num_rows
+            if seen > wanted[-1]:
+                break
+    return texts
 
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", errors="replace")
-
-
-def _cell(rows: pa.RecordBatch, column: str, place: int) -> Any:
-    """A row's value; a text, even one that is not UTF-8, as str."""
-    cell = rows.column(column).slice(place, 1)
-    if pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type) or pa.types.is_binary(cell.type):
-        value = as_bytes(cell)[0].as_py()
-        return None if value is None else _text(value)
-    return cell[0].as_py()

@@ -15,9 +15,9 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def code_identity() -> dict[str, str | None]:
-    """The commit this code is at, and the SHA-256 of what differs from it in tracked files; both None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
+def code_identity(root: Path = Path(__file__).resolve().parents[2]) -> dict[str, str | None]:  # noqa: B008 (a constant)
+    """The commit the code in `root` is at (by default this code), and the SHA-256 of what differs from it in tracked files; both None
+    outside a git checkout."""
     commit = _git(root, "rev-parse", "HEAD")
     difference = _git(root, "diff", "HEAD", "--", "model", "tasks", "flows") if commit is not None else None
     return {

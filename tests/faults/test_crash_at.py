@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from model.evaluation.scoring import Scores, store_scores, stored_scores
+from model.evaluation.score_store import store_scores, stored_scores
+from model.evaluation.scoring import Scores
 from tests.faults.conftest import said, wait_for_event
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -19,8 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DOUBLE_CRASHES = 12
 SCORES = {
     key * 64: Scores(
-        {"validation_bits_per_byte": 1.5 + number, "exact_match": 0.25},
-        [{"id": str(row), "half": "choose", "gold_bits": row / 7, "answer": None if row % 2 else "ä"} for row in range(50)],
+        {"text_bits_per_byte": 1.5 + number, "exact_match": 0.25},
+        {"text_bits_per_byte": (1.25 + number, 1.75 + number)},
+        [{"id": str(row), "half": "choose", "answer_bits": row / 7, "answer": None if row % 2 else "ä"} for row in range(50)],
+        [{"prompt": "Q: Who?", "text": "ß"}],
     )
     for number, key in enumerate("ab")
 }

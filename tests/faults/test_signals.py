@@ -257,7 +257,7 @@ def evaluated(undisturbed, corpus, tmp_path):
     experiment = merge(merge(FIELDS, changes), merge(TINY, VARIANTS["plain"]))
     (tmp_path / "params.yaml").write_text(yaml.safe_dump({"defaults": {}, "experiments": {"run": experiment}}))
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    write_yaml(folder.evaluation_config, EvaluationConfig(questions=20, max_new_tokens=90).model_dump(mode="json"))
+    write_yaml(folder.evaluation_config, EvaluationConfig(items=20, questions=20, max_new_tokens=90).model_dump(mode="json"))
     entries = [
         {"name": c.name, "step": c.step, "digest": c.digest, "version": str(number), "model_id": f"m-{number}", "run_id": "r"}
         for number, c in enumerate(CheckpointStore(folder.checkpoints).checkpoints(), 1)
@@ -290,7 +290,7 @@ def read_registered(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_while_the_evaluation_waits_for_a_lock(warm, evaluated, number):
-    lock = evaluated.path.parents[1] / ".dvc" / "tmp" / "gpt2" / "champion-run.lock"
+    lock = evaluated.path.parents[1] / "storage" / "mlflow" / ".aliases-run.lock"
     lock.parent.mkdir(parents=True)
     with filelock.FileLock(lock):
         process = evaluate(warm, evaluated)

@@ -1,6 +1,9 @@
 """The resolved config: what its digest names, and what it does not."""
 
-from model.config import Experiment, RunConfig
+import pytest
+from pydantic import ValidationError
+
+from model.config import EvaluationConfig, Experiment, RunConfig
 from model.params import merge
 
 
@@ -59,3 +62,34 @@ def test_differences_are_named():
         "training.batch_size: 8, now 3",
         "data.revision: abc, now def; the dataset: d, now e",
     ]
+
+
+def test_the_data_identity_names_who_is_held_out_and_nothing_else():
+    identity = run_config().data_identity
+    for same in (
+        {"training": {"learning_rate": 1e-3, "batch_size": 4}},
+        {"model": {"dropout": 0.0, "n_layer": 2}},
+        {"data": {"max_length": 128, "lanes": 2, "buffer_size": 7, "cache": True, "path": "/elsewhere", "revision": "main"}},
+        {"dataset": {"samples": 7, "tokens_per_sample": 2.0}, "total_steps": 3},
+        {"checkpoint": {"keep_last": None}},
+    ):
+        assert run_config(**same).data_identity == identity, same
+    for other in (
+        {"seed": 1},
+        {"dataset": {"digest": "e"}},
+        {"data": {"filter": None}},
+        {"data": {"text_template": "{query}"}},
+        {"data": {"id_column": "words"}},
+        {"data": {"article_column": None}},
+        {"data": {"num_samples": 7}},
+        {"data": {"split_by": "sample"}},
+        {"data": {"train_ratio": 0.8}},
+    ):
+        assert run_config(**other).data_identity != identity, other
+
+
+def test_questions_are_asked_of_items():
+    assert EvaluationConfig(items=5, questions=5).questions == 5
+    with pytest.raises(ValidationError, match=r"questions \(300\) are asked of items \(256\)"):
+        EvaluationConfig(questions=300)
+    assert len(EvaluationConfig().prompts) == 10

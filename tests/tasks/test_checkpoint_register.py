@@ -204,6 +204,11 @@ def test_a_server_registers_materialises_and_serves_the_champion(project: Projec
     client = connected(project)
     tracking.materialise(client, entry["model_id"], checkpoint.path)
     tracking.set_champion(client, NAME, entry["digest"])
+    champion = tracking.version_with(client, NAME, tracking.CHAMPION)
+    assert champion is not None
+    assert champion.tags[tracking.IDENTITY_TAG] == tracking.read_config(project.run_folder(NAME)).data_identity
+    tracking.fetch_materialised(client, champion, project.root / "fetched")
+    assert (project.root / "fetched" / MODEL).read_bytes() == (checkpoint.path / MODEL).read_bytes()
     expected = answer(load_model(checkpoint.path), PROMPTS, 8)
     shutil.rmtree(project.root / "runs")
     port = free_port()
