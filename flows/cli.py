@@ -5,7 +5,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.commands import looking, running, using
+from flows.commands import benchmarking, comparing, looking, replaying, reporting, running, using
 from flows.commands.shared import say
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
@@ -23,10 +23,15 @@ for command in (
     looking.checkpoints,
     looking.status,
     looking.data,
+    comparing.compare,
     looking.plan,
     looking.benchmark,
     using.generate,
+    using.chat,
     using.export,
+    replaying.replay,
+    benchmarking.benchmark_lm,
+    reporting.report,
     running.sync,
     running.services,
 ):

@@ -15,6 +15,7 @@ from flows.stop import STOP
 from model.errors import UserError
 from model.secrets import redacted
 from tasks.project import Project
+from tasks.report import publish
 from tasks.steps import stop_signals
 
 HOST = "127.0.0.1"
@@ -46,6 +47,7 @@ def run_services(project: Project, prefect_port: int, mlflow_port: int) -> None:
             mlflow = f"http://{HOST}:{mlflow_port}"
             desk.start("MLflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1", *_mlflow_store(project))
             desk.wait_for("MLflow", f"{mlflow}/health")
+        desk.environment[publish.UI] = mlflow
         desk.wait_for("Prefect", f"{api}/health")
         desk.run("prefect", "--no-prompt", "work-pool", "create", POOL, "--type", "process", "--overwrite")
         desk.run("prefect", "--no-prompt", "deploy", "--all")

@@ -1,5 +1,5 @@
 """The Prefect side of the stages of dvc.yaml: one task each, run by DVC, and what follows them: MLflow and the storage are brought up to
-date. Both flows are made of these.
+date, and the report is made. Both flows are made of these.
 
 Prefect's server may go while a flow runs: no stage waits for it. Only at its end does a flow need the server, and it waits for that so long
 as `ends_by_itself` says.
@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, cast
 from uuid import UUID
 
 from filelock import FileLock, Timeout
 from prefect import State, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
@@ -29,12 +30,14 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
+from flows.checkpoint_page import cells
 from flows.stop import STOP
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from tasks import mirror, sync, versioning
 from tasks.overview import checkpoint_list
 from tasks.progress import Progress
 from tasks.project import Project, find_project
+from tasks.report import publish
 from tasks.steps import WARNING
 
 SECONDS_TO_STOP = 27.0
@@ -107,27 +110,32 @@ def run_stages(project: Project, experiment: str, stages: tuple[str, ...]) -> St
 
 
 def bring_up_to_date(experiment: str, finished: bool) -> None:
-    """Send MLflow and the external storage what they have not got. If that fails, only its own task does: the next run, or `gpt2 sync`,
-    catches up. `finished`: training is done, so what the storage got while it ran has served."""
-    for future in (sync_tracking.submit(experiment), push_to_storage.submit(experiment, finished)):
+    """Send MLflow and the external storage what they have not got, and make the report, side by side. If one of them fails, only its own
+    task does: the next run, or `gpt2 sync` and `gpt2 report`, catches up. `finished`: training is done, so what the storage got while it
+    ran has served."""
+    for future in (sync_tracking.submit(experiment), push_to_storage.submit(experiment, finished), make_report.submit(experiment)):
         with contextlib.suppress(Exception):
             _finished(future)
 
 
 def show_checkpoints(project: Project, experiment: str) -> None:
     """The checkpoints with their scores as a table among the flow run's artifacts."""
-    rows = [{name: row[name] for name in _TABLE_COLUMNS} for row in checkpoint_list(project, experiment)]
+    rows = [cells(row) for row in checkpoint_list(project, experiment)]
     key, description = artifact_key("checkpoints", experiment), f"Checkpoints of {experiment}, oldest first"
+    _store(lambda: create_table_artifact(rows, key=key, description=description), "the table of checkpoints")
+
+
+def _store(create: Callable[[], object], what: str) -> None:
+    """Store an artifact, unless Prefect's server is gone: its client would try for more than a minute to reach it."""
     logger = get_run_logger()
 
     def store() -> None:
         try:
-            create_table_artifact(rows, key=key, description=description)
+            create()
         except Exception as error:
-            logger.warning("the table of checkpoints was not stored: %s", error)
+            logger.warning("%s was not stored: %s", what, error)
 
-    # Prefect's client tries for more than a minute to reach a server that is gone.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(store,), name="table", daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(store,), name="artifact", daemon=True)
     thread.start()
     thread.join(SECONDS_BETWEEN_UPDATES)
 
@@ -318,13 +326,46 @@ def push_to_storage(experiment: str, finished: bool) -> State[Any]:
     return state
 
 
+@task(cache_policy=NO_CACHE, task_run_name="make-report[{experiment}]")
+def make_report(experiment: str) -> State[Any]:
+    """Make the page of the run, put it among the artifacts of its run in MLflow, and link it here."""
+    project = find_project()
+    for observer in OBSERVERS:
+        observer.began("report")
+    try:
+        made = publish.publish_apart(project, experiment, STOP)
+        state: State[Any] = Failed(message=made.problem) if made.path is None else Completed(message=_below(project, made.path))
+        if made.path is not None:
+            _link_report(experiment, made.path, made.link)
+        if made.problem is not None:
+            get_run_logger().warning(made.problem)
+    except Stopped as stopped:
+        state = Cancelled(message=str(stopped))
+    except Exception as error:
+        state = Failed(message=f"no report was made: {error}")
+        get_run_logger().warning(state.message)
+    for observer in OBSERVERS:
+        observer.ended("report", state)
+    return state
+
+
+def _link_report(experiment: str, path: Path, link: str | None) -> None:
+    lines = [f"The report of {experiment}: `{path}`", f"[in MLflow]({link})" if link else "", f"`gpt2 report {experiment}` makes it anew."]
+    key, markdown = artifact_key("report", experiment), "\n\n".join(filter(None, lines))
+    _store(lambda: create_markdown_artifact(markdown, key=key, description=f"Report of {experiment}"), "the link to the report")
+
+
+def _below(project: Project, path: Path) -> str:
+    """From the project's folder on, as people type it."""
+    return os.path.relpath(path, project.root)
+
+
 _TASKS = {
     "build-config": build_config,
     "train": stream_and_train,
     "register": checkpoint_register,
     "evaluate": evaluate_each_checkpoint,
 }
-_TABLE_COLUMNS = ("name", "step", "validation_bits_per_byte", "exact_match", "champion", "version", "digest")
 
 
 @contextlib.contextmanager

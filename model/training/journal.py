@@ -3,11 +3,13 @@
 Every event has `seq` (0, 1, 2, …), `time` (seconds since 1970) and `event`; a line ends with `check`, a CRC-32 of what stands before it in
 the line, so that no flipped bit is taken for a figure:
 
-    started     step, config_digest, resumed_from, total_steps, device, ranks, micro_batch, precision, parameters, flops_per_token,
-                versions, code; after a rollback also rolled_back_from; of a fork forked_from
+    started     step, config_digest, resumed_from, total_steps, device, device_name, ranks, micro_batch, precision, parameters,
+                flops_per_token, versions, code; where the machine counts joules energy_counters (their names); after a rollback also
+                rolled_back_from; of a fork forked_from
     step        step, epoch, loss (nats a token), learning_rate, gradient_norm (before clipping), skipped_steps (so far), tokens (so far),
                 tokens_per_s, step_time_s, data_wait_share (of that time); on a GPU mfu (of its dense peak) and peak_memory_gb (of the first
-                rank's); every `journal.norms_every` steps parameter_norm and update_norm, with `journal.per_layer` also layers: each
+                rank's); about once a second energy_j (of all energy_counters since the last one, see model/training/energy.py); every
+                `journal.norms_every` steps parameter_norm and update_norm, with `journal.per_layer` also layers: each
                 parameter's [gradient, parameter, update] norms
     validation  step, loss, bits_per_byte, windows
     sample      step, prompt, text

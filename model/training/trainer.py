@@ -33,6 +33,7 @@ from model.stream.batches import Batch, State, TrainingWindows
 from model.stream.packing import OddRows
 from model.training.bad_steps import BadSteps
 from model.training.distributed import Ranks
+from model.training.energy import Meter, machine_meter
 from model.training.engine import Engine
 from model.training.identity import code_identity, versions
 from model.training.journal import Journal, Silence, read_current
@@ -87,8 +88,9 @@ class Trainer:
             self._load(start.checkpoint, start.same_optimizer)
             self.stream_state = state["stream"] if start.same_data else None
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.max_length)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self.peak_flops = peak_flops(name, "bf16" if self.engine.autocast else "fp32")
+        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.peak_flops = peak_flops(self.device_name, "bf16" if self.engine.autocast else "fp32")
+        self.meter = machine_meter(device) if ranks.first else Meter([])
         self.journal = Journal(folder.journal, fence) if ranks.first else Silence()
         self._stop_told = threading.Lock()
         self._warm = False
@@ -128,6 +130,7 @@ class Trainer:
             checkpoint_to_resume=self.config.checkpoint.checkpoint_to_resume,
             total_steps=self.config.total_steps,
             device=str(self.device),
+            device_name=self.device_name,
             ranks=self.ranks.size,
             micro_batch=self.engine.micro_batch,
             precision="bf16" if self.engine.autocast else "fp32",
@@ -136,6 +139,7 @@ class Trainer:
             versions=versions(),
             code=code_identity(),
             threads=torch.get_num_threads(),
+            **self.meter.about(),
             **more,
         )
 
@@ -281,8 +285,10 @@ class Trainer:
         )
 
     def _utilisation(self, tokens_per_s: float) -> dict[str, float]:
-        """What is known of a GPU only."""
+        """What is known on some machines only."""
         found = {}
+        if (joules := self.meter.joules()) is not None:
+            found["energy_j"] = joules
         if (share := mfu(tokens_per_s, self.flops_per_token, self.peak_flops, self.ranks.size)) is not None:
             found["mfu"] = round(share, 4)
         if self.device.type == "cuda":

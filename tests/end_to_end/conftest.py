@@ -164,7 +164,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
         "data": {"path": str(home / "corpus"), "max_length": 32, "buffer_size": 100, "lanes": 2},
         "training": {"batch_size": 2, "num_epochs": 100_000, "max_steps": 240, "warmup_steps": 5, "eval_freq": 120, "eval_iters": 1},
         "checkpoint": {"save_every_n_iterations": 120},
-        "evaluation": {"questions": 4, "max_new_tokens": 4},
+        "evaluation": {"items": 4, "questions": 4, "max_new_tokens": 4, "prompts": ["What is 1 + 1?"]},
         "hardware": {"device": "cpu"},
     }
     experiments = {"quickstart": {}, "again": {}, "samples2m": {"training": {"max_steps": 1_000_000}}}

@@ -15,7 +15,8 @@ from tests.end_to_end.conftest import DVC, GPT2, PREFECT, Clone, Services, until
 
 pytestmark = pytest.mark.slow
 
-TASKS = ("build-config", "stream-and-train", "checkpoint-register", "evaluate-each-checkpoint", "sync-tracking", "push-to-storage")
+TASKS = ("build-config", "stream-and-train", "checkpoint-register", "evaluate-each-checkpoint")
+AT_THE_END = ("sync-tracking", "push-to-storage", "make-report")
 
 
 def test_everything_is_deployed(services: Services) -> None:
@@ -29,11 +30,18 @@ def test_a_deployed_run_completes_and_dvc_has_nothing_left_to_do(clone: Clone, s
     watched = clone.run(*PREFECT, "deployment", "run", "train-gpt2/quickstart", "--watch")
     flow_run_id = watched.stdout.split("UUID:")[1].split()[0]
     assert services.state(flow_run_id) == "Completed"
-    assert services.task_states(flow_run_id) == dict.fromkeys(TASKS, "Completed")
+    assert services.task_states(flow_run_id) == dict.fromkeys(TASKS + AT_THE_END, "Completed")
     artifacts = {artifact["key"]: artifact for artifact in services.ask("artifacts/filter", {})}
     assert "240/240" in artifacts["training-quickstart"]["description"]
     assert float(artifacts["training-quickstart"]["data"]) == 100
     assert "step_00000240" in artifacts["checkpoints-quickstart"]["data"]
+    report = (clone.folder("quickstart").report / "report.html").read_text()
+    assert "finished" in report
+    link = artifacts["report-quickstart"]["data"].partition("](")[2].partition(")")[0]
+    assert link.startswith(f"{services.mlflow}/#/experiments/")
+    run_id = link.partition("/runs/")[2].partition("/")[0]
+    with urllib.request.urlopen(f"{services.mlflow}/get-artifact?path=report/report.html&run_uuid={run_id}", timeout=30) as answer:
+        assert answer.read().decode() == report
 
     assert "up to date" in clone.run(*DVC, "status").stdout
     repro = clone.run(*DVC, "repro")
@@ -55,7 +63,7 @@ def test_the_second_run_skips_every_stage(clone: Clone, services: Services) -> N
     newest = services.ask(
         "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
     )[0]
-    assert services.task_states(newest["id"]) == dict.fromkeys(TASKS[:4], "Cached") | dict.fromkeys(TASKS[4:], "Completed")
+    assert services.task_states(newest["id"]) == dict.fromkeys(TASKS, "Cached") | dict.fromkeys(AT_THE_END, "Completed")
 
 
 def test_the_nightly_run_evaluates_what_has_checkpoints(clone: Clone, services: Services) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,8 @@ def test_interrupted_in_three_ways_it_ends_with_the_same_weights(clone: Clone) -
     whole = clone.run(*GPT2, "train", "quickstart")
     assert "step_00000240" in whole.stdout
     assert "★" in whole.stdout
+    assert f"report        {Path('runs/quickstart/report/report.html')}" in whole.stdout
+    assert "finished" in (clone.folder("quickstart").report / "report.html").read_text()
 
     flow = clone.start(*GPT2, "train", "again")
     until_it_trains(clone, "again")

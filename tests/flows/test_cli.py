@@ -21,7 +21,21 @@ from tasks.project import Project
 from tests.tasks.conftest import NAME, make_project, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "checkpoints", "status", "data", "plan", "benchmark", "generate", "export", "sync", "services")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "checkpoints",
+    "status",
+    "data",
+    "plan",
+    "benchmark",
+    "generate",
+    "export",
+    "sync",
+    "services",
+    "report",
+    "compare",
+)
 Answer = tuple[int, str, str]
 """Exit code, standard output, standard error."""
 
@@ -91,6 +105,8 @@ def test_help_waits_for_no_heavy_import() -> None:
         (["data", "nothing"], "nothing"),
         (["data", NAME], "data.path: somewhere"),
         (["data", NAME, "--show", "-1"], "--show"),
+        (["report", "nothing"], "nothing"),
+        (["report", NAME], "has not begun to train"),
         (["sync", "nothing"], "nothing"),
         (["sync", NAME], "nothing to send yet"),
         (["plan", "nothing"], "nothing"),
