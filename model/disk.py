@@ -8,6 +8,7 @@ of operations is written to that file as they are counted, so that a test knows 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -91,6 +92,14 @@ def sweep(folder: Path, prefix: str) -> None:
                 path.unlink(missing_ok=True)
 
 
+def sweep_files(folder: Path) -> None:
+    """Remove what dead processes left of any file that they were writing with `write_file`."""
+    for path in folder.iterdir():
+        if match := _PARTIAL_FILE.search(path.name):
+            sweep(folder, path.name[: match.start(1)])
+
+
+_PARTIAL_FILE = re.compile(r"^\..+\.(\d+)\.\d+\.partial$")
 _counting = bool(os.environ.get("CRASH_AT") or os.environ.get("CRASH_COUNT")) and (Path(__file__).parents[1] / "tests").is_dir()
 _count = 0
 _lock = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from model import disk
 from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, is_name, name_of, open_checkpoint, step_of
 from model.config import ForkOf, RunConfig
 from model.digest import digest_of
@@ -50,6 +51,7 @@ def find_start(folder: RunFolder, config: RunConfig, named: Path | None) -> Star
         NoWholeCheckpoint: there were checkpoints, and none is whole. Training never starts again silently.
     """
     CheckpointStore(folder.checkpoints).sweep()
+    disk.sweep_files(folder.path)
     start = Start()
     if aside := set_aside_other_configurations(folder, config):
         start.messages.append(("resume", f"what a finished run of another configuration left was moved to {aside}"))

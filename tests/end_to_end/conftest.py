@@ -144,8 +144,10 @@ def until_left(clone: Clone, seconds: float = 20.0) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file that DVC or a reader would see."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")}
+    """Every file that is versioned: not the locks and claims, whose names begin with a dot, and not the report, which is made anew."""
+    files = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    versioned = [path for path in files if path.parts[0] != "report" and not any(part.startswith(".") for part in path.parts)]
+    return {str(path): (folder / path).read_bytes() for path in versioned}
 
 
 @pytest.fixture(scope="module")
