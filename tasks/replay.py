@@ -286,7 +286,7 @@ def _extract(root: Path, commit: str, folder: Path) -> bool:
         return False
     with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:
         # Python 3.11.0 to 3.11.3 know no filters; what git makes of a commit has no way out of the folder.
-        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # type: ignore[arg-type]
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # type: ignore[arg-type]  # noqa: S202
     return (folder / "model" / "training" / "__main__.py").is_file()
 
 

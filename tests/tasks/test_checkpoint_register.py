@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from model.generation import answer
 from model.huggingface import load_model
 from tasks import checkpoint_register, tracking
 from tasks.project import Project, read_json
-from tests.tasks.conftest import NAME, Server, free_port, wait_until_it_answers, write_checkpoint
+from tests.tasks.conftest import NAME, Server, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["Q: What is 12 + 30?", "Q: Which is larger, 3 or 5?"]
@@ -196,8 +194,8 @@ def test_the_stage_registers_without_torch_and_says_what_it_did(project: Project
 
 
 @pytest.mark.slow
-def test_a_server_registers_materialises_and_serves_the_champion(project: Project, server: Server) -> None:
-    """The whole way over HTTP: registered, crowned and uploaded, the run folder gone, and answered by `mlflow models serve`."""
+def test_a_server_registers_materialises_and_loads_the_champion(project: Project, server: Server) -> None:
+    """The whole way over HTTP: registered, crowned and uploaded, the run folder gone, and loaded from there."""
     checkpoint = write_checkpoint(project, 10)
     (entry,) = register(project)
     assert register(project) == [entry]
@@ -211,21 +209,4 @@ def test_a_server_registers_materialises_and_serves_the_champion(project: Projec
     assert (project.root / "fetched" / MODEL).read_bytes() == (checkpoint.path / MODEL).read_bytes()
     expected = answer(load_model(checkpoint.path), PROMPTS, 8)
     shutil.rmtree(project.root / "runs")
-    port = free_port()
-    command = ["models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri, "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow calls uvicorn by its name
-    with (server.folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command], env=environment, stdout=log, stderr=log, cwd=server.folder, start_new_session=True
-        )
-    try:
-        wait_until_it_answers(f"http://127.0.0.1:{port}/ping", process)
-        body = json.dumps({"inputs": PROMPTS, "params": {"max_new_tokens": 8}}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            assert json.load(reply)["predictions"] == expected
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 15)
-        process.wait(30)
+    assert load(project, f"models:/{NAME}@champion").predict(PROMPTS, params={"max_new_tokens": 8}) == expected
