@@ -78,7 +78,8 @@ class Scores:
     summary: dict[str, float]
     """Of the reporting half."""
     intervals: dict[str, tuple[float, float]]
-    """95 %, clustered by article, of the summary's means and ratios, within what is possible; none where all items are of one article."""
+    """95 %, clustered by article, of the summary's means and ratios, within what is possible; none where all items are of one article. Of
+    shares that are 0 or 1 it is the exact one, as of so many observations as there are articles."""
     items: list[dict[str, Any]]
     """One row an item, both halves."""
     samples: list[dict[str, str]]
@@ -171,6 +172,9 @@ def _summary(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str
         if sum(below) and len({row["article"] for row in of}) > 1:
             interval = clustered(above, below, [row["article"] for row in of])
             intervals[key] = max(0.0, interval.low), min(most, interval.high)
+            if most == 1 and interval.mean in (0, 1):  # all alike: there is no spread to go by, and yet it is not certain
+                reach = 1 - 0.025 ** (1 / interval.clusters)  # Clopper & Pearson 1934, articles for observations
+                intervals[key] = (0.0, reach) if interval.mean == 0 else (1 - reach, 1.0)
 
     answer_bytes = [row["answer_bytes"] for row in rows]
     add("text_bits_per_byte", rows, [row["text_bits"] for row in rows], [row["text_bytes"] for row in rows])

@@ -171,6 +171,8 @@ def test_a_network_that_writes_the_format_gets_the_points(data, tmp_path):
     found = score(sealed(tmp_path, config, model), items, CPU)
     right = [row["exact_match"] for row in found.items if row["written"] is not None]
     assert found.summary["format_adherence"] == 1
+    articles = {row["article"] for row in found.items if row["written"] is not None}
+    assert found.intervals["format_adherence"] == pytest.approx((0.025 ** (1 / len(articles)), 1)), "all right is not certainly right"
     assert right == [item.answer == report[0].answer for item in report[: len(right)]]
     assert found.summary["exact_match"] == sum(right) / len(right) > 0
 
