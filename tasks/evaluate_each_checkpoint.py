@@ -28,7 +28,7 @@ from model.run_folder import RunFolder
 from model.training.journal import read_current
 from model.training.run import read_run
 from tasks import champion, tracking
-from tasks.champion import NotComparable
+from tasks.champion import REASON_TAG, NotComparable
 from tasks.project import Project, read_json
 from tasks.served_model import complaint_about
 from tasks.starting_point import find_by_digest
@@ -52,6 +52,8 @@ FIGURES = (
     "items",
 )
 """What `scores.json` says of a checkpoint; null where a set has nothing to tell it by."""
+VERSION_FIGURES = ("text_bits_per_byte", "answer_bits_per_byte", "exact_match", "format_adherence")
+"""Of these, tags of the version; the LoggedModel has all."""
 ITEM_COLUMNS = (
     *("half", "id", "article", "exercise"),
     *("text_bits", "text_bytes", "answer_bits", "answer_alone_bits", "answer_bytes"),
@@ -111,7 +113,7 @@ def evaluate_each_checkpoint(project: Project, name: str, score: Score = score) 
     losses = _validation_losses(stage.folder)
     best = champion.mark_best(client, lock, name, entries, losses)
     rows = [_row(entry, results[entry["digest"]], verdicts[entry["digest"]], crowned, best, losses) for entry in entries]
-    _log(client, name, stage, entries, rows, results)
+    _log(client, name, stage, entries, rows)
     summary = {
         "champion": crowned and _named(crowned),
         "best": best and {key: best[key] for key in ("name", "digest", "version")},
@@ -255,14 +257,13 @@ def _row(
     }
 
 
-def _log(
-    client: MlflowClient, name: str, stage: _Stage, entries: list[dict[str, Any]], rows: list[dict[str, Any]], results: dict[str, Result]
-) -> None:
-    """Figures on the LoggedModel, answers and items as tables on the run, the reason on the version. What MLflow has is not sent again."""
+def _log(client: MlflowClient, name: str, stage: _Stage, entries: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Figures on the LoggedModel, answers and items as tables on the run, the reason on the version, where its list shows it, too. What
+    MLflow has is not sent again."""
     there = {version.version: version.tags for version in tracking.versions(client, name)}
     for entry, row in zip(entries, rows, strict=True):
-        tags = {"champion.reason": row["reason"], "evaluation_set": stage.items.digest}
-        tags |= {key: f"{row[key]:.4f}" for key in FIGURES if row[key] is not None}
+        tags = {REASON_TAG: row["reason"], "evaluation_set": stage.items.digest}
+        tags |= {key: f"{row[key]:.4f}" for key in VERSION_FIGURES if row[key] is not None}
         had = there.get(entry["version"], {})
         if had.get(KEY_TAG) != row["key"]:
             scores = stored_scores(stage.folder.evaluation, row["key"])
@@ -272,6 +273,8 @@ def _log(
             tracking.log_table(client, entry["run_id"], _answers(scores), f"answers/{entry['name']}.json")
             tracking.log_table(client, entry["run_id"], _items(scores), f"items/{entry['name']}.json")
             tags[KEY_TAG] = row["key"]  # last: with it, all is there
+        if had.get(REASON_TAG) != row["reason"]:
+            client.update_model_version(name, entry["version"], row["reason"])
         tracking.tag_version(client, name, entry["version"], {key: value for key, value in tags.items() if had.get(key) != value})
 
 

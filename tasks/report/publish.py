@@ -61,7 +61,7 @@ def publish_report(project: Project, name: str) -> None:
     ui = os.environ.get(UI) or client.tracking_uri
     if ui.startswith(("http://", "https://")):
         place = f"experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}/artifacts/report/{path.name}"
-        print(f"{_LINK}{redacted(ui).rstrip('/')}/#/{place}", flush=True)
+        print(f"{_LINK}{redacted(ui).rstrip('/')}/#/{place}?workflowType=machine_learning", flush=True)
 
 
 def publish_apart(project: Project, name: str, stop: threading.Event, silence: float = SILENCE_S, longest: float = LONGEST_S) -> Published:

@@ -463,7 +463,7 @@ def test_mlflow_gets_the_page_once(server: Server, new_project: Project, journal
     run_id = tracking.training_run(client, new_project, NAME, tracking.read_config(new_project.run_folder(NAME)))
     assert made.link is not None
     assert made.link.startswith(f"{server.uri}/#/experiments/")
-    assert made.link.endswith(f"/runs/{run_id}/artifacts/report/report.html")
+    assert made.link.endswith(f"/runs/{run_id}/artifacts/report/report.html?workflowType=machine_learning")
     assert [file.path for file in client.list_artifacts(run_id, "report")] == ["report/report.html"]
     assert Path(client.download_artifacts(run_id, "report/report.html")).read_bytes() == made.path.read_bytes()
 

@@ -119,7 +119,7 @@ def test_the_last_of_a_falling_loss_is_champion_and_says_why(done: Project) -> N
     assert "95 % interval" in scores["checkpoints"][2]["reason"]
     client = tracking.connect(done, done.experiment(NAME))
     version = client.get_model_version_by_alias(NAME, "champion")
-    assert version.tags["champion.reason"] == scores["checkpoints"][2]["reason"]
+    assert version.tags["champion.reason"] == version.description == scores["checkpoints"][2]["reason"]
     assert str(version.version) == scores["champion"]["version"]
 
 
