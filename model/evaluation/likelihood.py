@@ -54,7 +54,7 @@ def continuation_bits(model: GPT2, pairs: Sequence[tuple[str, str]], batch_size:
     for context, continuation in pairs:
         tokens, first = tokens_and_cut(context, continuation)
         found = []
-        for low, start, stop in _spans(first, len(tokens), model.config.context_length):
+        for low, start, stop in _spans(first, len(tokens), model.window):
             piece = tuple(tokens[low:stop])
             wanted[piece] = min(start - low, wanted.get(piece, start - low))
             found.append((piece, start - low, stop - low))
@@ -76,13 +76,13 @@ def tokens_and_cut(context: str, continuation: str) -> tuple[list[int], int]:
     return [END_OF_TEXT, *tokens, END_OF_TEXT], 1 + int(np.searchsorted(ends, len(context.rstrip().encode()), side="right"))
 
 
-def _spans(first: int, count: int, context_length: int) -> Iterator[tuple[int, int, int]]:
+def _spans(first: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:
     """Pieces of a text of `count` tokens that score those from `first` on, each once: (first token of the piece, first one scored, the one
-    after its last). A piece has `context_length + 1` tokens at most, because nothing follows its last."""
+    after its last). A piece has `window + 1` tokens at most, because nothing follows its last."""
     start = first
     while start < count:
-        stop = min(count, start - min(start, context_length // 2) + context_length + 1)
-        yield max(0, stop - context_length - 1), start, stop
+        stop = min(count, start - min(start, window // 2) + window + 1)
+        yield max(0, stop - window - 1), start, stop
         start = stop
 
 

@@ -92,8 +92,6 @@ def score(checkpoint: Checkpoint, items: EvaluationSet, device: torch.device) ->
     The network looks back as far as it was trained to: positions beyond `data.max_length` may exist and mean nothing.
     """
     model = load_model(checkpoint.path, device)
-    trained = RunConfig.model_validate(checkpoint.state()["config"])
-    model.config = model.config.model_copy(update={"context_length": trained.data.max_length})
     template, settings = Template(items.text_template), items.settings
     asked = items.half("report")[: settings.questions]
     prompts = [template.prompt(prompt) for prompt in settings.prompts]

@@ -95,7 +95,7 @@ def test_a_row_an_item_says_what_the_network_makes_of_it(data, checkpoint, score
     """The network of the checkpoint, seen through the window it was trained with."""
     items = evaluation_set(*data, SETTINGS).items
     model = GPT2(data[0].model.model_copy(update={"context_length": 128}), seed=4).eval()
-    model.config = model.config.model_copy(update={"context_length": 32})
+    model.window = 32
     assert [(row["half"], row["id"]) for row in scores.items] == [(item.half, item.id) for item in items]
     for row, item in list(zip(scores.items, items, strict=True))[::5]:
         expected = {
