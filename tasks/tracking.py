@@ -237,12 +237,6 @@ def _version(found: ModelVersion) -> Version:
     return Version(str(found.version), found.tags.get(DIGEST_TAG), (found.source or "").removeprefix("models:/"), dict(found.tags))
 
 
-def version_of(client: MlflowClient, name: str, digest: str) -> str | None:
-    """The registered model's version that holds the checkpoint with this digest; None if there is none."""
-    versions = client.search_model_versions(f"name = '{name}' AND tags.{DIGEST_TAG} = '{digest}'")
-    return str(min(versions, key=lambda version: int(version.version)).version) if versions else None
-
-
 def version_with(client: MlflowClient, name: str, alias: str) -> Version | None:
     """What the alias marks; None if nothing is marked, or nothing registered."""
     from mlflow import MlflowException
@@ -256,12 +250,6 @@ def version_with(client: MlflowClient, name: str, alias: str) -> Version | None:
         if error.error_code != "INVALID_PARAMETER_VALUE" or alias in client.get_registered_model(name).aliases:
             raise
         return None
-
-
-def champion_digest(client: MlflowClient, name: str) -> str | None:
-    """The digest of the checkpoint that the alias `champion` marks; None if nothing is marked, or nothing registered."""
-    champion = version_with(client, name, CHAMPION)
-    return champion.digest if champion else None
 
 
 def note_aliases(client: MlflowClient, run_folder: RunFolder) -> None:
@@ -280,18 +268,6 @@ def note_aliases(client: MlflowClient, run_folder: RunFolder) -> None:
     text = json.dumps({alias: digest for alias, digest in digests.items() if digest}, indent=1, sort_keys=True) + "\n"
     if not run_folder.aliases.exists() or run_folder.aliases.read_text(encoding="utf-8") != text:
         disk.write_file(run_folder.aliases, text.encode())
-
-
-def set_champion(client: MlflowClient, name: str, digest: str) -> None:
-    """Move the alias to the version of this checkpoint, whatever stands. The champion rule is tasks/champion.py's.
-
-    Raises:
-        LookupError: no version holds it.
-    """
-    version = version_of(client, name, digest)
-    if version is None:
-        raise LookupError(f"no version of the registered model {name} holds the checkpoint {digest}")
-    client.set_registered_model_alias(name, CHAMPION, version)
 
 
 def alias_lock(project: Project, experiment: Experiment, name: str) -> FileLock:

@@ -9,6 +9,8 @@ import torch
 from benchmarks import loss_parity
 from model.gpt2 import MLP, Block
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def reference(tmp_path):

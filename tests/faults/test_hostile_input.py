@@ -31,6 +31,8 @@ from tasks import checkpoint_register
 from tasks.build_config import build_config
 from tasks.project import Project, read_json
 
+pytestmark = pytest.mark.slow
+
 NAME = "tiny"
 ROOT = Path(__file__).parents[2]
 DVC = (sys.executable, "-m", "dvc")

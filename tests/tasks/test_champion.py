@@ -68,8 +68,8 @@ class Registry:
     @property
     def champion(self) -> int:
         """The index of the checkpoint that the alias marks."""
-        digest = tracking.champion_digest(self.client, NAME)
-        return next(index for index, entry in enumerate(self.entries) if entry["digest"] == digest)
+        version = self.client.get_model_version_by_alias(NAME, tracking.CHAMPION).version
+        return next(index for index, entry in enumerate(self.entries) if entry["version"] == str(version))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_an_older_step_that_arrives_late_cannot_demote(project: Project, client:
     registry.crown(0)
 
     def meanwhile(entry: dict[str, Any]) -> None:
-        tracking.set_champion(client, NAME, "digest 0.50")
+        client.set_registered_model_alias(NAME, tracking.CHAMPION, registry.entries[2]["version"])
 
     entries = registry.entries[:2]
     scores = {entry["digest"]: registry.evidence[entry["digest"]] for entry in entries}
@@ -119,7 +119,7 @@ def test_a_champion_that_cannot_be_compared_goes_only_if_its_data_are_others(
     project: Project, client: MlflowClient, replaceable: bool
 ) -> None:
     registry = Registry(project, client, [1.0, 0.9, 0.5])
-    tracking.set_champion(client, NAME, "digest 0.50")
+    client.set_registered_model_alias(NAME, tracking.CHAMPION, registry.entries[2]["version"])
 
     def unknown(version: tracking.Version) -> Evidence:
         raise NotComparable("was seen last on the moon", replaceable)

@@ -106,12 +106,11 @@ def test_the_champion_answers_by_its_alias(project: Project) -> None:
         write_checkpoint(project, step)
     entries = register(project)
     client = connected(project)
-    assert tracking.champion_digest(client, NAME) is None
-    tracking.set_champion(client, NAME, entries[0]["digest"])
-    tracking.set_champion(client, NAME, entries[1]["digest"])
-    assert tracking.champion_digest(client, NAME) == entries[1]["digest"]
-    with pytest.raises(LookupError):
-        tracking.set_champion(client, NAME, "0" * 64)
+    assert tracking.version_with(client, NAME, tracking.CHAMPION) is None
+    client.set_registered_model_alias(NAME, tracking.CHAMPION, entries[1]["version"])
+    found = tracking.version_with(client, NAME, tracking.CHAMPION)
+    assert found is not None
+    assert (found.version, found.digest) == (entries[1]["version"], entries[1]["digest"])
     tracking.tag_version(client, NAME, entries[1]["version"], {"champion.reason": "the first"})
     assert client.get_model_version_by_alias(NAME, "champion").tags["champion.reason"] == "the first"
     network = load_model(project.run_folder(NAME).checkpoints / "step_00000020")
@@ -201,7 +200,7 @@ def test_a_server_registers_materialises_and_loads_the_champion(project: Project
     assert register(project) == [entry]
     client = connected(project)
     tracking.materialise(client, entry["model_id"], checkpoint.path)
-    tracking.set_champion(client, NAME, entry["digest"])
+    client.set_registered_model_alias(NAME, tracking.CHAMPION, entry["version"])
     champion = tracking.version_with(client, NAME, tracking.CHAMPION)
     assert champion is not None
     assert champion.tags[tracking.IDENTITY_TAG] == tracking.read_config(project.run_folder(NAME)).data_identity

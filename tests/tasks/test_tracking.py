@@ -171,5 +171,5 @@ def test_everything_works_against_a_server(new_project: Project, server: Server)
         tracking.log_scores(client, model, run_id, {"evaluation/exact_match": 0.5}, 10, "e" * 64)
         tracking.log_table(client, run_id, [{"answer": "12"}], "answers/a.json")
     assert len(client.get_metric_history(run_id, "evaluation/exact_match")) == 1
-    assert tracking.champion_digest(client, NAME) is None
+    assert tracking.version_with(client, NAME, tracking.CHAMPION) is None
     assert not (project.root / "storage").exists()
