@@ -16,6 +16,11 @@ class Stopped(Exception):
     """The work was stopped resumably; exit code 75."""
 
 
+class Interrupted(BaseException):
+    """A signal asks the main thread to end what it is doing. Like KeyboardInterrupt it is no Exception: libraries swallow those, and
+    `Thread.start` takes one for its own failure and breaks the thread that it has just started."""
+
+
 class NoWholeCheckpoint(RuntimeError):
     """Checkpoints lie there, but none is whole; the message lists what was found. Never a reason to start at step 0."""
 

@@ -6,11 +6,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import NoReturn
 
-from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Interrupted, Stopped, UserError
 from model.secrets import redacted
+from model.stop import StopRequest
 from tasks.project import Project, find_project
 
 Step = Callable[[Project, str], None]
@@ -27,24 +27,27 @@ def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
     """Run `step(project, experiment)` for the experiment named on the command line, and exit.
 
     0 done · 1 a fault (with its traceback) · 2 the user's mistake · 75 stopped, the same command goes on.
-    SIGTERM, SIGINT and Windows' SIGBREAK arrive in the step as `Stopped`; a step that would rather finish something first sets handlers
-    of its own.
+    SIGTERM, SIGINT and Windows' SIGBREAK arrive in the step as `Interrupted`, and if that leads nowhere, the process is left; a step that
+    would rather finish something first sets handlers of its own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) != 1 or arguments[0].startswith("-"):
         _say(f"give one experiment's name: python -m tasks.{step.__name__} quickstart")
         sys.exit(EXIT_USER)
-    for number in stop_signals():
-        signal.signal(number, _stop)
+    stop = StopRequest()
+    stop.last_words = lambda: _say(f"{STOPPED}{stop.reason} received")
+    stop.on_signals()
     try:
-        step(find_project(), arguments[0])
-    except UserError as error:
-        _say(str(error))
-        sys.exit(EXIT_USER)
+        with stop.interruptible():
+            step(find_project(), arguments[0])
     except Stopped as stopped:
-        _say(f"{STOPPED}{stopped}")
-        sys.exit(EXIT_STOPPED)
-    except Exception as error:
+        _stopped(str(stopped))
+    except (Exception, Interrupted) as error:
+        if stop.interrupted:
+            _stopped(f"{stop.reason} received")
+        if isinstance(error, UserError):
+            _say(str(error))
+            sys.exit(EXIT_USER)
         print(redacted("".join(traceback.format_exception(error))).rstrip(), file=sys.stderr)
         _say(f"{type(error).__name__}: {error}")
         sys.exit(EXIT_FAULT)
@@ -56,9 +59,10 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGBREAK") if name in signal.Signals.__members__]
 
 
+def _stopped(why: str) -> NoReturn:
+    _say(f"{STOPPED}{why}")
+    sys.exit(EXIT_STOPPED)
+
+
 def _say(message: str) -> None:
     print(ERROR + " ".join(redacted(message).split()), file=sys.stderr, flush=True)
-
-
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped(f"{signal.Signals(signum).name} received")

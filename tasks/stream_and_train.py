@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from model.config import Experiment
-from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Interrupted, Stopped
 from model.run_folder import RunFolder
 from tasks import lease, mirror
 from tasks.progress import Progress
@@ -93,7 +93,7 @@ def _note_signals(asked: list[int], and_stop: bool = False) -> None:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.append(number)  # a library may swallow what is raised here
         if and_stop:
-            raise Stopped(f"{signal.Signals(number).name} received")
+            raise Interrupted(signal.Signals(number).name)
 
     for number in stop_signals():
         signal.signal(number, ask)

@@ -15,8 +15,19 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, NotSaved, NoWholeCheckpoint, SaidByFirst, Stopped, TooManyBadSteps, UserError
-from model.training.stop import StopRequest  # what is imported here is imported before a signal can be heard: little
+from model.errors import (
+    EXIT_FAULT,
+    EXIT_STOPPED,
+    EXIT_USER,
+    Interrupted,
+    NotSaved,
+    NoWholeCheckpoint,
+    SaidByFirst,
+    Stopped,
+    TooManyBadSteps,
+    UserError,
+)
+from model.stop import StopRequest  # what is imported here is imported before a signal can be heard: little
 
 if TYPE_CHECKING:
     from model.run_folder import RunFolder
@@ -60,7 +71,7 @@ def main() -> int:
 
             return launch(folder, machine, sys.argv[1:], stop)
         _train(folder, machine, stop, arguments.checkpoint)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         return _said(Stopped(f"stopped ({stop.reason}); the same command goes on") if stop.interrupted else error)
     return 0
 

@@ -18,9 +18,9 @@ from model.device import pick_device
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, UserError
 from model.run_folder import RunFolder
 from model.say import say
+from model.stop import StopRequest
 from model.stream.batches import check_shares
 from model.training.run import Machine, read_run
-from model.training.stop import StopRequest
 
 
 def launch(folder: RunFolder, machine: Machine, arguments: list[str], stop: StopRequest) -> int:

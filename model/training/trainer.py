@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 from model import disk
 from model.background import wait_for
 from model.checkpoint.store import MODEL, OPTIMIZER, Checkpoint, name_of
-from model.errors import NotSaved, Stopped, TooManyBadSteps
+from model.errors import Interrupted, NotSaved, Stopped, TooManyBadSteps
 from model.flops import flops_per_token, mfu, peak_flops
 from model.huggingface import read_weights
 from model.run_folder import RunFolder
+from model.stop import StopRequest
 from model.stream.batches import Batch, State, TrainingWindows
 from model.stream.packing import OddRows
 from model.training.bad_steps import BadSteps
@@ -43,7 +44,6 @@ from model.training.resume import Start, find_start, rewind_after_spike
 from model.training.run import Machine, read_run
 from model.training.saving import Saver
 from model.training.schedule import learning_rate_factor
-from model.training.stop import StopRequest
 from model.training.validating import Validator
 
 _LOADER_THREADS = 4
@@ -156,7 +156,7 @@ class Trainer:
                     self.stop.last_words = lambda: self._record_stop(self.resumed_from)
                     warming_up.enter_context(self.stop.interruptible())
                 self._train(warming_up)
-        except Exception:
+        except (Exception, Interrupted):
             if not self.stop.interrupted:
                 raise
             self._tell_stopped(self.resumed_from)

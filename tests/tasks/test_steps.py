@@ -83,3 +83,50 @@ def test_without_an_experiment_the_step_says_how_it_is_called(tmp_path: Path, ne
     _, err = step.communicate(timeout=60)
     assert step.returncode == 2
     assert "python -m tasks.a_step" in err
+
+
+STARTS_THREADS = """
+import subprocess, sys, threading
+from tasks.steps import run_step
+
+SENDER = "for _ in sys.stdin: time.sleep(random.uniform(0.001, 0.004)); os.kill(os.getppid(), signal.SIGTERM)"
+
+def a_step(project, name):
+    sender.stdin.write(b"now\\n")
+    sender.stdin.flush()
+    while True:
+        threading.Thread(target=int).start()
+
+sender = subprocess.Popen([sys.executable, "-c", "import os, random, signal, sys, time\\n" + SENDER], stdin=subprocess.PIPE)
+for _ in range(200):
+    try:
+        run_step(a_step)
+    except SystemExit as end:
+        print(end.code, flush=True)
+"""
+
+
+def test_a_signal_while_a_thread_starts_breaks_neither(new_project: Project) -> None:
+    """From another process, because threads of this one cannot send it in the moment that matters."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_THREADS, NAME], cwd=new_project.root, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert set(done.stdout.split()) == {"75"}
+    assert done.returncode in (0, 75), "75: the exception went to a destructor, and the process was left"
+    assert "_bootstrap" not in done.stderr, done.stderr[-3000:]
+    assert {line for line in done.stderr.splitlines() if line.startswith("error")} == {"error: stopped: SIGTERM received"}
+
+
+def test_a_request_that_goes_to_a_destructor_is_heard_all_the_same(new_project: Project) -> None:
+    body = "Deaf = type('Deaf', (), {'__del__': lambda self: (print('deaf', flush=True), time.sleep(60))}); Deaf(); time.sleep(60)"
+    step = start(new_project, body, NAME)
+    assert step.stdout is not None
+    while step.stdout.readline() != "deaf\n":
+        pass
+    began = time.monotonic()
+    step.send_signal(signal.SIGTERM)
+    _, err = step.communicate(timeout=60)
+    assert step.returncode == 75
+    assert err.splitlines()[-1] == "error: stopped: SIGTERM received"
+    assert time.monotonic() - began < 10

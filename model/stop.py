@@ -1,7 +1,7 @@
 """Being asked to stop: signals set a flag, the loop looks at it, nothing is done inside a handler.
 
-Only where nothing could be lost (before a process's first step: imports, compilation, reading) a request ends what is being done at once:
-by an exception, and, as libraries swallow those, a little later by leaving.
+Only where nothing could be lost (before training's first step: imports, compilation, reading; in the other stages) a request ends what is
+being done at once: by an exception, and, as those may be swallowed, a little later by leaving.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from model.errors import EXIT_STOPPED, Stopped
+from model.errors import EXIT_STOPPED, Interrupted
 
 _MERCY_S = 1.5
-"""How long `Stopped` may take to end what is being done, …"""
+"""How long `Interrupted` may take to end what is being done, …"""
 _MERCY_AT_THE_END_S = 90.0
 """… and how long it may take to leave after that."""
 
 
 class StopRequest:
-    """Why training should stop, once somebody has asked."""
+    """Why the work should stop, once somebody has asked."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self.interrupted = False
-        """Whether `Stopped` was raised for it, wherever that went: libraries wrap and swallow exceptions."""
+        """Whether `Interrupted` was raised for it, wherever that went: what is raised in a destructor goes nowhere."""
         self.last_words: Callable[[], None] = lambda: None
         """Called before the process is left."""
         self._interruptible = False
@@ -42,7 +42,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Meanwhile a request (made already, or by a signal) raises Stopped in the main thread, at once."""
+        """Meanwhile a request (made already, or by a signal) raises Interrupted in the main thread, at once."""
         self._interruptible = True
         try:
             if self:
@@ -56,7 +56,7 @@ class StopRequest:
             return
         self.interrupted = True
         threading.Thread(target=self._leave, name="leave", daemon=True).start()
-        raise Stopped(f"stopped ({self.reason}); the same command goes on")
+        raise Interrupted(self.reason)
 
     def _leave(self) -> None:
         time.sleep(_MERCY_S)
