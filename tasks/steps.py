@@ -43,6 +43,8 @@ def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
     except Stopped as stopped:
         _stopped(str(stopped))
     except (Exception, Interrupted) as error:
+        if isinstance(error, Interrupted):  # by our handler or by one of the step's own
+            _stopped(f"{error} received")
         if stop.interrupted:
             _stopped(f"{stop.reason} received")
         if isinstance(error, UserError):

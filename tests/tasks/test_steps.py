@@ -130,3 +130,9 @@ def test_a_request_that_goes_to_a_destructor_is_heard_all_the_same(new_project: 
     assert step.returncode == 75
     assert err.splitlines()[-1] == "error: stopped: SIGTERM received"
     assert time.monotonic() - began < 10
+
+
+def test_a_step_may_be_interrupted_by_a_handler_of_its_own(new_project: Project) -> None:
+    step = start(new_project, "from model.errors import Interrupted; raise Interrupted('SIGTERM')", NAME)
+    _, err = step.communicate(timeout=60)
+    assert (step.returncode, err) == (75, "error: stopped: SIGTERM received\n")
