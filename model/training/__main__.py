@@ -82,7 +82,7 @@ def _train(folder: RunFolder, machine: Machine, stop: StopRequest, named: Path |
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
     with contextlib.ExitStack() as locks:
         with stop.interruptible() if not _LAUNCHED else contextlib.nullcontext():
-            from model.training.lock import Fence, gpu_lock, held, no_fence
+            from model.training.lock import Fence, held, no_fence
 
             fences: list[Fence] = []
 
@@ -93,11 +93,12 @@ def _train(folder: RunFolder, machine: Machine, stop: StopRequest, named: Path |
                 lock_run()
             from model.device import pick_device
             from model.training.distributed import join, own_device
+            from model.training.gpus import own_gpu
             from model.training.trainer import Trainer
 
             device = own_device(pick_device(machine.hardware.device))
             if device.type == "cuda":
-                locks.enter_context(held(gpu_lock(device.index or 0), f"the GPU {device}"))
+                device = locks.enter_context(own_gpu(device, folder.experiment))
             ranks = join(device)
             if _LAUNCHED:
                 ranks.from_first(lock_run)

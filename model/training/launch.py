@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from model.run_folder import RunFolder
 from model.say import say
 from model.stop import StopRequest
 from model.stream.batches import check_shares
+from model.training.gpus import gpus_for_ranks
 from model.training.run import Machine, read_run
 
 
@@ -39,9 +41,18 @@ def launch(folder: RunFolder, machine: Machine, arguments: list[str], stop: Stop
     config, _ = read_run(folder)
     asked = machine.hardware.devices
     count = max(1, torch.cuda.device_count()) if asked == "auto" else asked
-    if pick_device(machine.hardware.device).type == "cuda" and count > torch.cuda.device_count():
+    on_gpus = pick_device(machine.hardware.device).type == "cuda"
+    if on_gpus and count > torch.cuda.device_count():
         raise UserError(f"hardware.devices: {count} ranks need as many GPUs, and this machine has {torch.cuda.device_count()}; use auto")
     check_shares(config.data.lanes, config.global_batch, count)
+    with contextlib.ExitStack() as locks:
+        if on_gpus:
+            with stop.interruptible():
+                locks.enter_context(gpus_for_ranks(count, folder.experiment))
+        return _launch(count, arguments, stop)
+
+
+def _launch(count: int, arguments: list[str], stop: StopRequest) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else the machine's name must have an address

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import signal
 import subprocess
 import time
@@ -75,30 +74,6 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_equal_weights(new_run, fin
     assert final(folder) == final(finished_run)
     assert consumed(folder) == consumed(finished_run)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == sorted(p.name for p in finished_run.checkpoints.iterdir())
-
-
-def test_kills_cost_nothing_but_time(new_run, finished_run):
-    folder, rng = new_run("killed"), random.Random(3)
-    kills = 0
-    while True:
-        process = start_trainer(folder)
-        seen = len(read_all(folder.journal))
-        patience = rng.uniform(0.0, 1.5)
-        began = None
-        while process.poll() is None:
-            if began is None and len(read_all(folder.journal)) > seen:
-                began = time.monotonic()
-            if kills < 6 and began is not None and time.monotonic() - began > patience:
-                process.kill()
-                kills += 1
-                break
-            time.sleep(0.01)
-        process.communicate(timeout=30)
-        if process.returncode == 0:
-            break
-    assert kills >= 2
-    assert final(folder) == final(finished_run)
-    assert consumed(folder) == consumed(finished_run)
 
 
 def test_a_second_start_of_a_finished_run_changes_nothing(finished):
