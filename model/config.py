@@ -317,6 +317,8 @@ class HardwareConfig(Section):
     at the start; null: `training.batch_size`."""
     compile: bool = False
     """torch.compile the network: a minute of start-up, then faster steps."""
+    evaluation_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where checkpoints are scored. auto: on `device`, unless this machine lacks it or a training holds one of its GPUs; else the CPU."""
     deterministic: bool = False
     """Only deterministic kernels on CUDA: a rerun gives bit-equal weights, some per cent slower. CPU runs always do."""
 
@@ -328,6 +330,14 @@ class JournalConfig(Section):
     """Steps between records of the norms of the parameters and of their updates; null: none."""
     per_layer: bool = False
     """Those norms, and the gradient's, for every parameter."""
+
+
+class OrchestrationConfig(Section):
+    """What flows do of their own accord; nothing here is part of a run's identity."""
+
+    auto_resume: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often a training that crashed, or lost its worker or its machine, is begun again from its last checkpoint, on any worker; so
+    often also the flow that waits for it. 0: never."""
 
 
 class Experiment(Section):
@@ -343,6 +353,7 @@ class Experiment(Section):
     storage: StorageConfig = StorageConfig()
     hardware: HardwareConfig = HardwareConfig()
     journal: JournalConfig = JournalConfig()
+    orchestration: OrchestrationConfig = OrchestrationConfig()
 
     @model_validator(mode="after")
     def _window_fits_context(self) -> Experiment:
