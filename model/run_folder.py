@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "metrics.json"
 
     @property
+    def curves(self) -> Path:
+        """Loss, validation loss and speed by step, for `dvc plots` (train)."""
+        return self.path / "curves"
+
+    @property
     def validation_windows(self) -> Path:
         """The windows that the loss is measured on while training (train)."""
         return self.path / ".validation_windows.safetensors"

@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,10 +334,10 @@ def read_holder(fs: Any, root: str, token: int) -> Holder | None:
         return None
 
 
-def tidy(fs: Any, root: str, token: int) -> None:
-    """Remove the leases of tokens below `token`."""
+def tidy(fs: Any, root: str, token: int, keep: Collection[int] = ()) -> None:
+    """Remove the leases of tokens below `token`, but those to `keep`."""
     for older in tokens(fs, root):
-        if older < token:
+        if older < token and older not in keep:
             for path in (_heartbeat(root, older), lease_file(root, older)):
                 if fs.exists(path):
                     fs.rm_file(path)

@@ -5,10 +5,12 @@ The trainer asks no server and looks in no other run; it is told the folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from model.checkpoint.store import MANIFEST, CheckpointStore, is_name
+from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWhole, is_name, open_checkpoint
 from model.config import RunConfig
 from model.errors import UserError
 from model.training.journal import read_current
@@ -58,16 +60,23 @@ def locate(project: Project, name: str, wanted: str) -> Path:
         if not there:
             raise UserError(f"checkpoint.checkpoint_to_resume: {wanted[:200]!r} is not a folder here")
         return place
-    digest = _registered_digest(project, name, wanted)
+    digest = registered_digest(project, name, wanted)
     place_or_none = find_by_digest(project, digest)
     if place_or_none is None:
-        raise UserError(f"checkpoint.checkpoint_to_resume: {wanted} ({digest[:12]}) is not in runs/; bring it back: dvc pull")
+        cure = "dvc pull" if wanted.startswith(f"{_REGISTRY}m-") else f"gpt2 restore {wanted.removeprefix(_REGISTRY)}"
+        raise UserError(f"checkpoint.checkpoint_to_resume: {wanted} ({digest[:12]}) is not in runs/; bring it back: {cure}")
     return place_or_none
 
 
-def _registered_digest(project: Project, name: str, uri: str) -> str:
-    """The digest of the checkpoint behind an MLflow URI."""
+def registered_digest(project: Project, name: str, uri: str, asked_by: str | None = None) -> str:
+    """The digest of the checkpoint behind an MLflow URI, in the registry that the experiment `name` uses.
+
+    Raises:
+        UserError: there is no such version, or MLflow does not answer; the message begins with `asked_by`.
+    """
     from mlflow import MlflowException
+
+    asked_by = asked_by or f"checkpoint.checkpoint_to_resume: {uri}"
 
     client = tracking.connect(project, project.experiment(name))
     what = uri.removeprefix(_REGISTRY)
@@ -80,15 +89,29 @@ def _registered_digest(project: Project, name: str, uri: str) -> str:
             model, _, version = what.partition("/")
             tags = client.get_model_version(model, version).tags
     except MlflowException as error:
-        raise UserError(f"checkpoint.checkpoint_to_resume: {uri}: {error.message.splitlines()[0]}") from None
+        raise UserError(f"{asked_by}: {error.message.splitlines()[0]}") from None
     if tracking.DIGEST_TAG not in tags:
-        raise UserError(f"checkpoint.checkpoint_to_resume: {uri} is not a checkpoint of this project")
+        raise UserError(f"{asked_by} is not a checkpoint of this project")
     return str(tags[tracking.DIGEST_TAG])
 
 
 def find_by_digest(project: Project, digest: str) -> Path | None:
     """A checkpoint's folder in the project's runs, set aside ones included; its bytes are the trainer's to verify."""
-    for manifest in sorted((project.root / "runs").glob(f"*/**/step_*/{MANIFEST}")):
-        if hashlib.sha256(manifest.read_bytes()).hexdigest() == digest:
-            return manifest.parent
+    return next(_folders_with(project, digest), None)
+
+
+def find_whole(project: Project, digest: str) -> Checkpoint | None:
+    """The same, with every byte verified; damaged ones are passed over."""
+    for folder in _folders_with(project, digest):
+        with contextlib.suppress(NotWhole):
+            checkpoint = open_checkpoint(folder)
+            checkpoint.verify()
+            return checkpoint
     return None
+
+
+def _folders_with(project: Project, digest: str) -> Iterator[Path]:
+    manifests = (project.root / "runs").glob(f"*/**/step_*/{MANIFEST}")
+    for manifest in sorted(manifests, key=lambda path: ("damaged" in path.parts, "aside" in path.parts, path)):
+        if hashlib.sha256(manifest.read_bytes()).hexdigest() == digest:
+            yield manifest.parent

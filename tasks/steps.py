@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Interrupted, Stopped, UserError
 from model.secrets import redacted
@@ -54,6 +57,21 @@ def run_step(step: Step, argv: Sequence[str] | None = None) -> NoReturn:
         _say(f"{type(error).__name__}: {error}")
         sys.exit(EXIT_FAULT)
     sys.exit(0)
+
+
+def start_apart(root: Path, *command: str, **options: Any) -> subprocess.Popen[str]:
+    """A Python module as a process of its own in the project's folder, whose lines, errors among them, come through a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=root,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        **options,
+    )
 
 
 def stop_signals() -> list[signal.Signals]:

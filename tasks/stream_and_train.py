@@ -19,10 +19,12 @@ from typing import Any
 
 import psutil
 
+from model.checkpoint.store import CheckpointStore, step_of
 from model.config import Experiment
-from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Interrupted, Stopped
+from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Interrupted, Stopped, UserError
 from model.run_folder import RunFolder
 from tasks import lease, mirror
+from tasks.curves import write_curves
 from tasks.progress import Progress
 from tasks.project import Project
 from tasks.starting_point import named_checkpoint
@@ -31,6 +33,8 @@ from tasks.tracking import read_config
 
 WATCH_PID = "GPT2_WATCH_PID"
 """Environment: the process (the flow's, or the worker's that runs the flow) whose death should stop the training."""
+TRAINED_ELSEWHERE = "GPT2_TRAINED_ELSEWHERE"
+"""Environment: set where another machine has trained to the end. What it made is fetched, nothing is trained."""
 FORWARDER_GRACE_S = 30.0
 """How long a finished training waits for MLflow to take the last figures; the next run or evaluation sends what is left."""
 WINDOWS = sys.platform == "win32"
@@ -53,6 +57,7 @@ def stream_and_train(project: Project, name: str) -> None:
             mirror.set_aside(project, name)
             folder.begin_anew.unlink()
         mirror.bring_back(project, name)
+        experiment, left = _for_what_is_left(folder, experiment)
         named = named_checkpoint(project, name, read_config(folder))
         _note_signals(asked)
         if asked or not all(map(_alive, ancestors)):
@@ -60,7 +65,16 @@ def stream_and_train(project: Project, name: str) -> None:
         trainer = _start_trainer(project.root, folder, experiment, named)
         forwarder = _start_beside(project.root, "tasks.forwarder", name, "--follow")
         held.when_lost = lambda: _kill(trainer, forwarder)
-        with mirror.mirroring(project, name, held):
+        copying: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if left or (TRAINED_ELSEWHERE not in os.environ and not mirror.is_complete(project, name)):
+            copying = mirror.mirroring(
+                project,
+                name,
+                held,
+                finished=lambda: trainer.returncode == 0,
+                stopping=lambda: bool(asked) or not all(map(_alive, ancestors)),
+            )
+        with copying:
             told = 0
             progress = Progress(folder.journal)
             while trainer.poll() is None:
@@ -75,6 +89,7 @@ def stream_and_train(project: Project, name: str) -> None:
                     progress.print_now_and_then()
                 time.sleep(0.2)
             _let_finish(forwarder, 5.0 if trainer.returncode else FORWARDER_GRACE_S)
+    _draw_curves(folder)
     if held.lost is not None:
         raise held.lost
     if trainer.returncode == EXIT_STOPPED:
@@ -87,6 +102,25 @@ def stream_and_train(project: Project, name: str) -> None:
         sys.exit(trainer.returncode)
 
 
+def _for_what_is_left(folder: RunFolder, experiment: Experiment) -> tuple[Experiment, int]:
+    """The experiment, and how many steps are left. A training that has all its steps needs no GPU to say so.
+
+    Raises:
+        UserError: it has not, and was to be finished by another machine.
+    """
+    total = read_config(folder).total_steps
+    newest = max((step_of(path.name) for path in CheckpointStore(folder.checkpoints).folders()), default=0)
+    if newest >= total:
+        hardware = experiment.hardware.model_copy(update={"device": "cpu", "devices": 1, "compile": False})
+        return experiment.model_copy(update={"hardware": hardware}), 0
+    if TRAINED_ELSEWHERE in os.environ:
+        raise UserError(
+            f"storage.base_folder: {folder.experiment} was trained to step {total:,} elsewhere, and here is step {newest:,} only: the "
+            "storage has no copy of the rest; send it from there (gpt2 sync), then run it again"
+        )
+    return experiment, total - newest
+
+
 def _note_signals(asked: list[int], and_stop: bool = False) -> None:
     """From now on, add requests to stop to a list; and stop at once, where there is no trainer to tell yet."""
 
@@ -97,6 +131,13 @@ def _note_signals(asked: list[int], and_stop: bool = False) -> None:
 
     for number in stop_signals():
         signal.signal(number, ask)
+
+
+def _draw_curves(folder: RunFolder) -> None:
+    try:
+        write_curves(folder)
+    except OSError as error:  # what it took to train this far counts for more; DVC will miss what is missing
+        print(f"warning: the curves for dvc plots were not written: {error}", file=sys.stderr)
 
 
 def _start_trainer(root: Path, folder: RunFolder, experiment: Experiment, named: Path | None) -> subprocess.Popen[bytes]:

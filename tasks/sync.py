@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import os
 import queue
 import re
 import subprocess
@@ -18,13 +17,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.checkpoint.store import MANIFEST, CheckpointStore
 from model.errors import Stopped, UserError
 from model.secrets import redacted
 from model.training.journal import read_current
 from tasks import lease, mirror, tracking, versioning
 from tasks.forwarder import trainer_lives
 from tasks.project import Project
+from tasks.steps import start_apart
 
 SILENCE_S = 20.0
 """So long without an answer, and MLflow is taken for dead."""
@@ -59,13 +58,16 @@ def sync(project: Project, name: str, stop: threading.Event) -> list[Part]:
         raise UserError(f"{name} has nothing to send yet; train it first: gpt2 train {name}")
     _settle_fence(project, name)
     parts = [sync_tracking(project, name, stop)]
-    if not any(event["event"] == "finished" for event in read_current(folder.journal)):
+    finished = any(event["event"] == "finished" for event in read_current(folder.journal))
+    if not finished:
         parts.append(_copy_checkpoints(project, name))
     try:
         versioning.configure_remote(project, experiment)
         parts.append(_push(project, name, stop))
     except versioning.StageFailed as error:
         parts.append(Part("storage", 0, "", f"storage.base_folder: not pushed: {error}; when the storage is back: gpt2 sync {name}"))
+    if finished and parts[-1].problem is None and not mirror.is_complete(project, name):
+        parts.append(_copy_checkpoints(project, name))  # whoever waits for them may be another machine, whose DVC is to record them
     return parts
 
 
@@ -85,17 +87,7 @@ def sync_tracking(project: Project, name: str, stop: threading.Event, silence: f
     if not project.run_folder(name).journal.exists():
         return Part("MLflow", 0, "no journal yet")
     group: dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}  # CREATE_NEW_PROCESS_GROUP
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tasks.forwarder", name, "--json"],
-        cwd=project.root,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        **group,
-    )
+    process = start_apart(project.root, "tasks.forwarder", name, "--json", **group)
     try:
         return _watch(process, project, name, stop, silence, longest)
     finally:
@@ -159,35 +151,19 @@ def _away(project: Project, name: str, sent: int, why: str) -> Part:
 
 def _copy_checkpoints(project: Project, name: str) -> Part:
     """What DVC does not know yet, because its stage has not ended."""
-    url = lease.place(project, name)[0]
     if trainer_lives(project, name):
         return Part("storage", 0, "the training that runs copies its checkpoints")
+    copies = mirror.Mirror.of(project, name)
     try:
-        if _all_there(project, name):
+        if copies.is_complete():
             return Part("storage", 0, "has every checkpoint of the unfinished run")
         with lease.holding(project, name) as held:
             copied = mirror.Mirror.of(project, name, held).copy_new()
     except lease.NotOurs as elsewhere:
         return Part("storage", 0, f"{elsewhere}; it copies its own checkpoints")
     except Exception as error:  # every file system of fsspec has errors of its own
-        return Part("storage", 0, "", f"storage.base_folder: no copy to {url}: {error}; when it is back: gpt2 sync {name}")
+        return Part("storage", 0, "", f"storage.base_folder: no copy to {copies.url}: {error}; when it is back: gpt2 sync {name}")
     return Part("storage", len(copied), f"{len(copied):,} checkpoint{'s' * (len(copied) != 1)} copied")
-
-
-def _all_there(project: Project, name: str) -> bool:
-    """Whether the storage has whole copies of this configuration's checkpoints, whoever made them."""
-    url, config = lease.place(project, name)
-    fs, root = lease.open_place(url)
-    copies = {
-        (step, fs.cat_file(f"{root}/{token}/{step}/{MANIFEST}"))
-        for token in lease.entries(fs, root)
-        if token.startswith("token_")
-        for step in lease.entries(fs, f"{root}/{token}")
-        if step.startswith("step_") and fs.exists(f"{root}/{token}/{step}/{MANIFEST}")
-    }
-    sealed = CheckpointStore(project.run_folder(name).checkpoints).checkpoints()
-    ours = [checkpoint for checkpoint in sealed if checkpoint.state().get("config_digest") == config.digest]
-    return all((checkpoint.name, (checkpoint.path / MANIFEST).read_bytes()) in copies for checkpoint in ours)
 
 
 def _push(project: Project, name: str, stop: threading.Event) -> Part:

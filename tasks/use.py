@@ -129,7 +129,7 @@ def pick_checkpoint(project: Project, name: str, which: str | None = None) -> Ch
         if which is not None:
             chosen = open_checkpoint(folder.checkpoints / which)
         else:
-            chosen = _champion(store, read_json(folder.scores)) or store.checkpoints()[-1]
+            chosen = _champion(project, name, store, read_json(folder.scores)) or store.checkpoints()[-1]
         chosen.verify()
     except NotWhole as error:
         have = ", ".join(path.name for path in store.folders()) or "none"
@@ -139,11 +139,17 @@ def pick_checkpoint(project: Project, name: str, which: str | None = None) -> Ch
     return chosen
 
 
-def _champion(store: CheckpointStore, scores: dict[str, dict[str, str]] | None) -> Checkpoint | None:
+def _champion(project: Project, name: str, store: CheckpointStore, scores: dict[str, dict[str, str]] | None) -> Checkpoint | None:
     digest = ((scores or {}).get("champion") or {}).get("digest")
     champion = next((checkpoint for checkpoint in store.checkpoints() if checkpoint.digest == digest), None)
     if digest and champion is None:
-        raise UserError(f"the champion is not in {store.folder}; bring it back (dvc checkout, dvc pull), or choose one with --checkpoint")
+        from tasks.starting_point import find_whole
+
+        champion = find_whole(project, digest)  # where `gpt2 restore` puts what training must not go on from
+    if digest and champion is None:
+        raise UserError(
+            f"the champion is not in {store.folder}; bring it back (gpt2 restore {name}@champion), or choose one with --checkpoint"
+        )
     return champion
 
 

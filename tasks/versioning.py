@@ -31,6 +31,7 @@ from model.config import Experiment
 from model.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from model.params import read_long_yaml
 from model.secrets import redacted
+from tasks import pushed
 from tasks.project import Project
 from tasks.steps import ERROR, STOPPED
 
@@ -86,8 +87,9 @@ def run_stage(
     watch_pid: int,
     grace: float = 25.0,
     patience: float = 60.0,
+    force: bool = False,
 ) -> bool:
-    """Run one stage of one experiment under DVC, and wait for it. True: it ran. False: DVC found it up to date.
+    """Run one stage of one experiment under DVC, and wait for it. True: it ran. False: DVC found it up to date (`force` does not ask).
 
     `on_line` gets the stage's own lines. When `stop` is set the stage is asked to stop resumably, and after `grace` seconds made to.
     If another DVC process works on the same files it waits up to `patience` seconds for it.
@@ -98,11 +100,12 @@ def run_stage(
         StageFailed: anything else.
     """
     deadline = time.monotonic() + patience
+    repro = ["repro", *(["--force"] if force else []), "--single-item", f"{stage}@{experiment}"]
     waiting = False
     while True:
         if stop.is_set():
             raise Stopped(f"stopped before {stage} of {experiment}; the same command goes on")
-        exit_code, lines = _run(project, ["repro", "--single-item", f"{stage}@{experiment}"], on_line, stop, watch_pid, grace)
+        exit_code, lines = _run(project, repro, on_line, stop, watch_pid, grace)
         if exit_code == 0:
             return not any(_SKIPPED in line for line in lines)
         if stop.is_set():
@@ -124,12 +127,32 @@ def run_stage(
 
 
 def push(project: Project, experiment: str, *, on_line: Report, stop: threading.Event, patience: float = 60.0) -> None:
-    """Copy what the stages of an experiment wrote to the external storage.
+    """Copy what the stages of an experiment wrote to the external storage, and note there where `gpt2 restore` finds its checkpoints.
 
     Raises:
         StageFailed: the storage did not take it; a later push catches up.
         Stopped: `stop` was set meanwhile.
     """
+    _push(project, experiment, on_line, stop, patience)
+    try:
+        try:
+            pushed.note_pushed(project, experiment)
+        except pushed.NotThere as lost:
+            on_line(f"{lost}: pushing again")
+            try:
+                _push(project, experiment, on_line, stop, patience)
+                pushed.note_pushed(project, experiment)
+            except BaseException:
+                with contextlib.suppress(Exception):  # what failed before says why
+                    lost.put_back()
+                raise
+    except (Stopped, StageFailed):
+        raise
+    except Exception as error:  # every file system of fsspec has errors of its own
+        raise StageFailed(f"pushed, but gpt2 restore will not find it: {redacted(str(error))}") from error
+
+
+def _push(project: Project, experiment: str, on_line: Report, stop: threading.Event, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
         exit_code, lines = _run(project, ["push", *_targets(experiment)], on_line, stop, os.getpid(), grace=0.0)

@@ -23,12 +23,14 @@ from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, Checkpoi
 from model.digest import file_sha256
 from model.stream.quickstart import write_corpus
 from model.training.journal import read_all, read_current
-from tasks import tracking
+from tasks import lease, mirror, tracking
 from tasks.build_config import build_config
 from tasks.checkpoint_register import checkpoint_register
 from tasks.evaluate_each_checkpoint import evaluate_each_checkpoint
 from tasks.overview import champion_line
 from tasks.project import Project, read_json
+from tasks.stream_and_train import TRAINED_ELSEWHERE
+from tests.tasks.test_mirror import push
 
 NAME = "small"
 EXPERIMENT = {
@@ -325,6 +327,33 @@ def test_a_renamed_run_is_not_scored_again(tmp_path: Path, done: Project, storag
 
     evaluate_each_checkpoint(project, "other", score=nothing_to_score)
     assert [row["key"] for row in read_json(ours.scores)["checkpoints"]] == [row["key"] for row in read_json(theirs.scores)["checkpoints"]]
+
+
+def test_what_was_trained_elsewhere_is_fetched_trained_no_further_and_copied_no_more(
+    tmp_path: Path, done: Project, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that waited for another's training: first while the copies are there, then when only what DVC pushed is left."""
+    trained = clone(tmp_path / "trained", done, storage)
+    shutil.copytree(done.run_folder(NAME).checkpoints, trained.run_folder(NAME).checkpoints)
+    with lease.holding(trained, NAME) as held:
+        mirror.Mirror.of(trained, NAME, held).copy_new()
+    monkeypatch.setenv(TRAINED_ELSEWHERE, "1")
+    monkeypatch.setenv("GPT2_HOST", "another")
+    for attempt in ("copied", "pushed"):
+        waiting = clone(tmp_path / attempt, done, storage)
+        waiting.run_folder(NAME).journal.unlink()
+        output, _ = run(waiting, "stream_and_train")
+        assert "brought step_00000060 back" in output
+        ours, theirs = (CheckpointStore(each.run_folder(NAME).checkpoints).checkpoints() for each in (waiting, done))
+        assert [each.digest for each in ours] == [each.digest for each in theirs]
+        journal = read_all(waiting.run_folder(NAME).journal)
+        assert [event["step"] for event in journal if event["event"] == "step"] == list(range(1, 61)), "trained again"
+        assert journal[-1]["event"] == "finished"
+        assert not list(storage.glob(f"checkpoints/{NAME}/*/token_00000002")), "uploaded again"
+        if attempt == "copied":
+            push(trained, NAME)
+            mirror.prune(trained, NAME)
+            assert [path.name for path in (storage / "checkpoints" / NAME).iterdir()] == ["pushed"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

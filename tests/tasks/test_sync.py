@@ -110,6 +110,18 @@ def test_only_checkpoints_that_are_not_there_are_copied(project: Project) -> Non
     assert run_of(project).info.status == "FAILED", "there is no trainer, and it left no last word"
 
 
+def test_of_a_finished_training_too_what_the_storage_lacks_is_copied(project: Project) -> None:
+    """Another machine waits for it, whose DVC is to record it; here, DVC knows nothing."""
+    trained(project)
+    checkpoint = write_checkpoint(project, 10)
+    assert sync(project, NAME, threading.Event())[2] == Part("storage", 1, "1 checkpoint copied")
+    assert [part.message for part in sync(project, NAME, threading.Event())] == ["up to date", "up to date"]
+    shutil.rmtree(checkpoint.path)
+    back = mirror.bring_back(project, NAME)
+    assert back is not None
+    assert back.digest == checkpoint.digest
+
+
 def test_a_storage_that_is_spoiled_is_named_and_mlflow_gets_its_part(project: Project) -> None:
     trained(project, finished=False)
     write_checkpoint(project, 10)

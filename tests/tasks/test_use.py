@@ -88,7 +88,7 @@ def test_versions_and_aliases_of_the_registry(here: Project) -> None:
         with pytest.raises(UserError, match=r"^experiment: models:/"):
             use.find(unknown)
     shutil.rmtree(checkpoint_of(here, 20).path)
-    with pytest.raises(UserError, match="dvc pull"):
+    with pytest.raises(UserError, match=f"gpt2 restore {NAME}@best"):
         use.find(f"models:/{NAME}@best")
 
 

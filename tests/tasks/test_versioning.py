@@ -65,6 +65,8 @@ elif step == "stream_and_train":
     write("checkpoints/step_00000001/model", "x" * 100_000)
     write("journal.jsonl", "{}\\n")
     write("metrics.json", '{"loss": 1.0}')
+    for curve in ("loss", "validation_loss", "tokens_per_s"):
+        write(f"curves/{curve}.csv", f"step,{curve}\\n")
 elif step == "checkpoint_register":
     write("registered.json", "[]")
 else:
