@@ -22,10 +22,11 @@ from model import disk
 from model.checkpoint.store import Checkpoint, CheckpointStore
 from model.config import RunConfig
 from model.errors import UserError
-from tasks import tracking
+from model.training.journal import Event, read_current
+from tasks import run_page, tracking
 from tasks.project import Project
 from tasks.steps import run_step
-from tasks.tracking import DIGEST_TAG, IDENTITY_TAG
+from tasks.tracking import DIGEST_TAG, IDENTITY_TAG, TOKENS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,10 +53,15 @@ def checkpoint_register(project: Project, name: str) -> None:
         _ensure_registered_model(client, name)
         # The oldest version counts if someone else registered a checkpoint twice.
         versions = {version.digest: version for version in reversed(tracking.versions(client, name))}
+        is_new = any(checkpoint.digest not in versions for checkpoint in checkpoints)
+        validations = {event["step"]: event for event in read_current(folder.journal) if event["event"] == "validation"} if is_new else {}
         entries = []
         for checkpoint in checkpoints:
             found = versions.get(checkpoint.digest)
-            version, model_id = (found.version, found.model_id) if found else _register(client, project, name, checkpoint, config, run_id)
+            if found:
+                version, model_id = found.version, found.model_id
+            else:
+                version, model_id = _register(client, project, name, checkpoint, config, run_id, validations.get(checkpoint.step))
             if found and IDENTITY_TAG not in found.tags:  # registered before there was this tag
                 tracking.tag_version(client, name, version, {IDENTITY_TAG: config.data_identity})
             print(f"{checkpoint.name}  version {version}{'' if found else '  (new)'}", flush=True)
@@ -84,7 +90,9 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _register(client: MlflowClient, project: Project, name: str, checkpoint: Checkpoint, config: RunConfig, run_id: str) -> tuple[str, str]:
+def _register(
+    client: MlflowClient, project: Project, name: str, checkpoint: Checkpoint, config: RunConfig, run_id: str, validation: Event | None
+) -> tuple[str, str]:
     tags = {
         DIGEST_TAG: checkpoint.digest,
         "model_sha256": checkpoint.model_sha256,
@@ -94,7 +102,7 @@ def _register(client: MlflowClient, project: Project, name: str, checkpoint: Che
         "dataset_digest": config.dataset.digest,
         IDENTITY_TAG: config.data_identity,
     }
-    model = _logged_model(client, project, checkpoint, run_id, tags)
+    model = _logged_model(client, project, checkpoint, config, run_id, tags, validation)
     with _default_uri(client.tracking_uri):
         version = client.create_model_version(name, f"models:/{model.model_id}", run_id, tags, model_id=model.model_id)
     return str(version.version), model.model_id
@@ -114,15 +122,28 @@ def _default_uri(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def _logged_model(client: MlflowClient, project: Project, checkpoint: Checkpoint, run_id: str, tags: dict[str, str]) -> LoggedModel:
-    """The checkpoint's LoggedModel, complete: found by digest, or made."""
+def _logged_model(
+    client: MlflowClient,
+    project: Project,
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    run_id: str,
+    tags: dict[str, str],
+    validation: Event | None,
+) -> LoggedModel:
+    """The checkpoint's LoggedModel, complete: found by digest, or made. Its step and tokens are parameters, its validation is a metric:
+    these MLflow's list of models can show, not tags."""
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
     experiment = run.info.experiment_id
     found = client.search_logged_models([experiment], f"tags.{DIGEST_TAG} = '{checkpoint.digest}'", max_results=1)
-    model = found[0] if found else client.create_logged_model(experiment, checkpoint.name, run_id, tags, model_type="gpt2")
+    told = {"step": checkpoint.step, TOKENS: checkpoint.state().get("tokens")}
+    params = {key: str(value) for key, value in told.items() if value is not None}
+    model = found[0] if found else client.create_logged_model(experiment, checkpoint.name, run_id, tags, params, model_type="gpt2")
     if model.status != "READY":  # new, or left behind by a kill
+        if validation is not None:
+            _log_validation(client, model.model_id, run_id, validation, config)
         with tempfile.TemporaryDirectory() as scratch:
             _write_model(Path(scratch) / "model", project, checkpoint, model, run_id)
             client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
@@ -130,6 +151,20 @@ def _logged_model(client: MlflowClient, project: Project, checkpoint: Checkpoint
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, checkpoint.step)])
         model = client.finalize_logged_model(model.model_id, "READY")
     return model
+
+
+def _log_validation(client: MlflowClient, model_id: str, run_id: str, validation: Event, config: RunConfig) -> None:
+    """A validation on the LoggedModel of its step. On the run it is the forwarder's point once more: nothing new."""
+    from mlflow.entities import Metric
+
+    at, data = round(1000 * validation["time"]), run_page.data_key(config)
+    figures = {key: validation.get(key) for key in ("loss", "bits_per_byte")}
+    points = [
+        Metric(f"validation/{key}", value, at, validation["step"], model_id, *data, run_id)
+        for key, value in figures.items()
+        if isinstance(value, float)
+    ]
+    client.log_batch(run_id, points, synchronous=True)
 
 
 def _write_model(path: Path, project: Project, checkpoint: Checkpoint, model: LoggedModel, run_id: str) -> None:

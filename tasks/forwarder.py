@@ -21,17 +21,23 @@ from filelock import FileLock, Timeout
 from model.errors import EXIT_FAULT, EXIT_USER, UserError
 from model.secrets import redacted
 from tasks.journal_sender import Forwarder, NoLease, Report
+from tasks.machine_metrics import MachineMetrics
 from tasks.project import Project, find_project, read_json
 from tasks.tracking import connect, read_config, training_run
 
 POLL_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Between two looks at the journal; and between two attempts while MLflow does not answer."""
+SYSTEM_METRICS = "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING"
+"""MLflow's own variable: `false` leaves the machine's metrics out. MLflow itself has them off unless it says `true`; here they are on."""
 LAST_ATTEMPTS = 3
 """When nobody waits for more: an answer that was lost is worth another attempt, an outage is for the next run."""
 
 
-def follow(open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event, report: Report) -> bool:
-    """Send events as they come, until training finishes or stops, or the parent is gone; True if MLflow has them all.
+def follow(
+    open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event, report: Report, machine: MachineMetrics | None = None
+) -> bool:
+    """Send events as they come, until training finishes or stops, or the parent is gone; True if MLflow has them all. `machine` measures
+    meanwhile.
 
     MLflow may be away at any time, from the beginning, too: it is tried again after a growing pause, and some times more at the end.
     """
@@ -48,6 +54,8 @@ def follow(open_forwarder: Callable[[], Forwarder], parent_gone: threading.Event
             if last_pass or forwarder.ended_since(began):
                 return True
             pause = POLL_S
+            if machine:
+                machine.keep_going(forwarder)
         except UserError:
             raise
         except Exception as error:  # this process is here so that nothing MLflow does can reach training
@@ -100,13 +108,14 @@ def send_once(open_forwarder: Callable[[], Forwarder], trains: Callable[[], bool
             time.sleep(POLL_S)
 
 
-def open_forwarder(project: Project, name: str, lock: FileLock, report: Report | None = None) -> Forwarder:
-    """The forwarder of an experiment's run. `lock` keeps a second one out; Timeout while another process has it."""
+def open_forwarder(project: Project, name: str, lock: FileLock, report: Report | None = None, begins: bool = False) -> Forwarder:
+    """The forwarder of an experiment's run. `lock` keeps a second one out; Timeout while another process has it. `begins`: see
+    `training_run`."""
     lock.acquire()
     run_folder = project.run_folder(name)
     config = read_config(run_folder)
     client = connect(project, project.experiment(name))
-    return Forwarder(client, training_run(client, project, name, config), run_folder, config.digest, report)
+    return Forwarder(client, training_run(client, project, name, config, begins), run_folder, config.digest, report)
 
 
 def tracking_lock(project: Project, name: str) -> FileLock:
@@ -153,7 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _watch_stdin(parent_gone)
-        sent_all = follow(lambda: open_forwarder(project, options.experiment, lock, _say), parent_gone, _say)
+        machine = MachineMetrics() if os.environ.get(SYSTEM_METRICS, "true").lower() not in ("false", "0") else None
+        sent_all = follow(lambda: open_forwarder(project, options.experiment, lock, _say, begins=True), parent_gone, _say, machine)
+        if machine:
+            machine.end()
     except UserError as error:
         _say(str(error))
         return EXIT_USER

@@ -5,6 +5,8 @@ the MLflow run and travels in the same call as the points: it is never ahead of 
 that is closed or slow delays a curve; the next pass goes on from the cursor. What MLflow refuses for good (one event, whatever is wrong
 with it) is told of, marked in the tag `last_refused`, and passed over: it must not hold up what comes after it.
 
+Losses go twice, at their step and, in the group `by_tokens`, at the tokens trained on until then.
+
 Texts are files: `samples/step_….txt`, and `warnings.txt` with every warning of the run (the tag `warnings` counts them). They go after the
 points and have a cursor of their own, because the place of MLflow's files may be away while its database is not.
 
@@ -27,7 +29,7 @@ from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.training.journal import Event, parse
 from tasks import lease
-from tasks.tracking import note_aliases
+from tasks.tracking import BY_TOKENS, note_aliases
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -106,6 +108,7 @@ class Forwarder:
         self._report = report or (lambda message: None)
         self._tail = _Tail(run_folder.journal)
         self._ours = False
+        self._tokens_at: tuple[Any, Any] = (0, 0)
         self._pending: list[Event] = []
         self._files: list[Event] = []
         self._warnings: list[Event] = []
@@ -132,6 +135,21 @@ class Forwarder:
         self._send_files()
         self._look_at_aliases()
         return sent
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run's."""
+        return self._run_id
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow is."""
+        return str(self._client.tracking_uri)
+
+    @property
+    def trains(self) -> bool:
+        """Whether MLflow was told that training runs, and not that it ended, and this machine may tell of it."""
+        return self._status == "RUNNING" and lease.may_write(self._run_folder)
 
     def ended_since(self, moment: float) -> bool:
         """Whether MLflow has an ending of the training that came after `moment` (seconds since 1970)."""
@@ -166,7 +184,7 @@ class Forwarder:
             if event["event"] == "started":  # a journal may go on under another config
                 was_ours = event.get("config_digest") == self._config_digest
             if was_ours:
-                ours.append(event)
+                ours.append(self._with_tokens(event))
         if from_start:
             self._begin(ours)
         else:
@@ -181,6 +199,15 @@ class Forwarder:
         if event is None:
             self._report(f"passed over a line of the journal that is damaged: {line[:80]!r}")
         return event
+
+    def _with_tokens(self, event: Event) -> Event:
+        """A validation does not say how many tokens its step had seen; the step before it in the journal does."""
+        if event["event"] == "step" and "tokens" in event:
+            self._tokens_at = (event.get("step"), event["tokens"])
+        elif event["event"] == "started":
+            self._tokens_at = (0, 0)
+        step, tokens = self._tokens_at
+        return {**event, "tokens": tokens} if event["event"] == "validation" and event.get("step") == step else event
 
     def _begin(self, events: list[Event]) -> None:
         """A journal from its start: leave out what MLflow has. A cursor that points into another journal counts for nothing."""
@@ -251,6 +278,7 @@ class Forwarder:
                 for key in ("device", "precision", "parameters", "code", "versions", "resumed_from", "forked_from"):
                     if event.get(key) is not None:
                         tags[key] = _text(event[key])
+                tags |= _source(self._run_folder.experiment, event.get("code"))
             elif event["event"] == "warning":
                 tags["last_warning"] = _text(f"step {event.get('step')}: {event.get('message')}")
                 tags["warnings"] = str(sum(earlier["seq"] <= event["seq"] for earlier in self._warnings))
@@ -322,26 +350,41 @@ def _text(value: Any) -> str:
     return redacted(value if isinstance(value, str) else json.dumps(value))[:5000]
 
 
+def _source(experiment: str, code: Any) -> dict[str, str]:
+    """The code that trains, in the tags that MLflow shows as a run's source."""
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"gpt2 train {experiment}"}
+    if isinstance(code, dict) and code.get("commit"):
+        tags |= {"mlflow.source.git.commit": str(code["commit"]), "mlflow.source.git.dirty": str(bool(code.get("diff_sha256"))).lower()}
+    return tags
+
+
 def _milliseconds(event: Event) -> int:
     return round(event["time"] * 1000)
 
 
-def _numbers(event: Event) -> dict[str, float]:
-    """The figures that an event tells of its step."""
-    if event["event"] not in _GROUPS:
-        return {}
-    about = {"seq", "time", "step"}
-    return {key: value for key, value in event.items() if key not in about and isinstance(value, int | float)}
+def _numbers(event: Event) -> list[tuple[str, float, Any]]:
+    """The figures that an event tells: each one's metric, its value, and its place on the curve, a step or tokens."""
+    group, about = _GROUPS.get(event["event"]), {"seq", "time", "step"}
+    if group is None:
+        return []
+    if group == "validation":
+        about.add("tokens")
+    found = [
+        (f"{group}/{key}", value, event.get("step")) for key, value in event.items() if key not in about and isinstance(value, int | float)
+    ]
+    if "tokens" in event:
+        found += [(BY_TOKENS[name], value, event["tokens"]) for name, value, _ in found if name in BY_TOKENS]
+    return found
 
 
 def _points(event: Event) -> list[Metric]:
     from mlflow.entities import Metric
 
-    group, step = _GROUPS.get(event["event"]), event.get("step")
     numbers = _numbers(event)
-    if numbers and not (isinstance(step, int) and abs(step) < 2**63):  # what MLflow's database calls its own fault
-        raise _Unreadable(f"its step is {step!r}")
+    for _, _, place in numbers:
+        if not (isinstance(place, int) and abs(place) < 2**63):  # what MLflow's database calls its own fault
+            raise _Unreadable(f"its step is {place!r}")
     try:
-        return [Metric(f"{group}/{key}", float(value), _milliseconds(event), step) for key, value in numbers.items()]
+        return [Metric(name, float(value), _milliseconds(event), place) for name, value, place in numbers]
     except OverflowError as error:
         raise _Unreadable(str(error)) from None

@@ -25,11 +25,12 @@ from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.training.journal import read_all
-from tasks import recipe
+from tasks import recipe, run_page
 from tasks.project import Project
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
@@ -42,9 +43,18 @@ DIGEST_TAG = "checkpoint_digest"
 """The tag that names the checkpoint of a LoggedModel and of a version."""
 EVALUATION = "evaluation"
 """The name under which MLflow files scores by their evaluation set's digest."""
+TOKENS = "tokens"
+"""The parameter of a LoggedModel that says how many tokens it was trained on."""
+BY_TOKENS = {
+    "train/loss": "by_tokens/train_loss",
+    "validation/loss": "by_tokens/validation_loss",
+    "validation/bits_per_byte": "by_tokens/validation_bits_per_byte",
+    "evaluation/answer_bits_per_byte": "by_tokens/answer_bits_per_byte",
+    "evaluation/text_bits_per_byte": "by_tokens/text_bits_per_byte",
+}
+"""Curves that the run has a second time, with the tokens trained on in the place of the step. MLflow's charts can take a metric as
+x-axis, but join the two curves by the steps of both after thinning each to 320 points: of a long run's validations hardly any are left."""
 LOCK_TIMEOUT_S = 120
-DIGEST_LENGTH = 32
-"""MLflow keeps at most 36 characters of a dataset's digest."""
 
 
 def quieten() -> None:
@@ -70,8 +80,17 @@ def tracking_uri(project: Project, experiment: Experiment) -> str:
 
 
 def _sqlite_uri(folder: Path) -> str:
-    # In a database URL % begins an escape and ? begins the options.
-    return f"sqlite:///{(folder / 'mlflow.db').as_posix()}".replace("%", "%25").replace("?", "%3F")
+    """Raises UserError where no URL can name the folder."""
+    path = (folder / "mlflow.db").as_posix()
+    if "%" not in path and "?" not in path:
+        return f"sqlite:///{path}"
+    from sqlalchemy import make_url
+
+    # In a database URL ? begins the options; whether % begins an escape depends on SQLAlchemy's version: until 2.0 it does not.
+    for written in (path, path.replace("%", "%25").replace("?", "%3F")):
+        if make_url(f"sqlite:///{written}").database == path:
+            return f"sqlite:///{written}"
+    raise UserError(f"storage.base_folder: {folder.parent}: MLflow's database cannot lie in a folder with a ? in its name; rename it")
 
 
 def connect(project: Project, experiment: Experiment) -> MlflowClient:
@@ -123,8 +142,9 @@ def _artifact_location(uri: str, project: Project, experiment: Experiment) -> st
     """Artifacts lie beside the database, in the storage. A server decides for itself."""
     if uri.startswith(("http://", "https://")):
         return None
-    if project.storage_folder(experiment) is None:
-        return f"{project.storage(experiment).rstrip('/')}/mlflow/artifacts"
+    storage = project.storage(experiment)
+    if "://" in storage and not storage.startswith(("ssh://", "sftp://")):  # these MLflow cannot write to: beside the database, too
+        return f"{storage.rstrip('/')}/mlflow/artifacts"
     return (mlflow_folder(project, experiment) / "artifacts").as_uri()
 
 
@@ -133,41 +153,68 @@ def read_config(run_folder: RunFolder) -> RunConfig:
     return validated(RunConfig, read_yaml(run_folder.config), f"{run_folder.experiment}/{run_folder.config.name}")
 
 
-def training_run(client: MlflowClient, project: Project, name: str, config: RunConfig) -> str:
-    """The id of the MLflow run that stands for this config's training, found by the config's digest or made."""
+def training_run(client: MlflowClient, project: Project, name: str, config: RunConfig, begins: bool = False) -> str:
+    """The id of the MLflow run that stands for this config's training, found by the config's digest or made. `begins`: the training itself
+    asks, and its run's page is to show its flow run and its storage."""
     from mlflow.entities import ViewType
 
     run_folder = project.run_folder(name)
-    experiment = experiment_id(client, project, project.experiment(name), name)
+    experiment = project.experiment(name)
+    place = experiment_id(client, project, experiment, name)
     with FileLock(run_folder.path / ".tracking-run.lock", timeout=LOCK_TIMEOUT_S):
         filters = f"tags.config_digest = '{config.digest}'"
-        runs = client.search_runs([experiment], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])
+        tags = _tags(run_folder, config)
+        runs = client.search_runs([place], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])
         if runs:
             run = runs[0]
         else:
-            tags = {"experiment": name, "config_digest": config.digest, "dataset_digest": config.dataset.digest}
-            tags |= {"dataset_revision": config.dataset.revision} if config.dataset.revision else {}
-            client.create_run(experiment, _began(run_folder, config), tags, f"{name}-{config.digest[:8]}")
+            client.create_run(place, _began(run_folder, config), {**tags, **run_page.who()}, run_page.name_of(name, config))
             # A request that was repeated because its answer was lost made two: all take the first.
-            run = client.search_runs([experiment], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])[0]
+            run = client.search_runs([place], filters, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])[0]
         run_id = str(run.info.run_id)
         if not run.inputs.dataset_inputs:  # logged last: an earlier process may have been killed before
-            _describe(client, run_id, config)
-        recipe.log(client, run, run_folder, config, project.experiment(name).hardware)
+            _describe(client, run_id, run_folder, config)
+        parent = _parent(client, run, config)
+        run_page.refresh(client, run, name, config, tags, project.storage(experiment), parent, begins)
+        recipe.log(client, run, run_folder, config, experiment.hardware)
     return run_id
 
 
-def _describe(client: MlflowClient, run_id: str, config: RunConfig) -> None:
-    from mlflow.entities import Dataset, DatasetInput, Param
+def _tags(run_folder: RunFolder, config: RunConfig) -> dict[str, str]:
+    """What was trained on what, and how DVC knows it."""
+    return {
+        "experiment": run_folder.experiment,
+        "config_digest": config.digest,
+        "dataset_digest": config.dataset.digest,
+        IDENTITY_TAG: config.data_identity,
+        run_page.CONFIG_MD5_TAG: run_page.md5_of(run_folder.config),
+        **({"dataset_revision": config.dataset.revision} if config.dataset.revision else {}),
+    }
+
+
+def _parent(client: MlflowClient, run: Run, config: RunConfig) -> LoggedModel | None:
+    """The LoggedModel that a fork begins with, an input of its run from then on; None as long as this MLflow has none."""
+    from mlflow.entities import LoggedModelInput
+
+    fork = config.checkpoint.fork_of
+    if fork is None:
+        return None
+    theirs = client.get_experiment_by_name(fork.experiment)
+    found = client.search_logged_models([theirs.experiment_id], f"tags.{DIGEST_TAG} = '{fork.digest}'", max_results=1) if theirs else []
+    if not found:
+        return None
+    if found[0].model_id not in {entry.model_id for entry in run.inputs.model_inputs or []}:
+        client.log_inputs(run.info.run_id, models=[LoggedModelInput(found[0].model_id)])
+    return found[0]
+
+
+def _describe(client: MlflowClient, run_id: str, run_folder: RunFolder, config: RunConfig) -> None:
+    from mlflow.entities import Param
 
     params = [Param(field, redacted(value)[:6000]) for field, value in _flat(config.model_dump(mode="json"))]
     for start in range(0, len(params), 100):  # MLflow's own limit
         client.log_batch(run_id, params=params[start : start + 100], synchronous=True)
-    path = redacted(config.data.path)
-    source = json.dumps({"path": path, "revision": config.dataset.revision})
-    profile = json.dumps({"samples": config.dataset.samples, "train_samples": config.dataset.train_samples})
-    dataset = Dataset(path[:500], config.dataset.digest[:DIGEST_LENGTH], "parquet", source, profile=profile)
-    client.log_inputs(run_id, [DatasetInput(dataset, [])])
+    client.log_inputs(run_id, [run_page.dataset_input(config, run_folder)])
 
 
 def _began(run_folder: RunFolder, config: RunConfig) -> int | None:
@@ -186,17 +233,24 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def log_scores(client: MlflowClient, model_id: str, run_id: str, metrics: dict[str, float], step: int, dataset_digest: str) -> None:
-    """A checkpoint's scores on its LoggedModel and, at its step, on the run. Logging the same again adds nothing."""
+    """A checkpoint's scores on its LoggedModel and, at its step, on the run; on the run the main ones at its tokens, too. Logging the
+    same again adds nothing."""
     from mlflow.entities import Metric
 
-    digest = dataset_digest[:DIGEST_LENGTH]
-    logged = {(m.key, m.value) for m in client.get_logged_model(model_id).metrics or [] if (m.step, m.dataset_digest) == (step, digest)}
+    digest = dataset_digest[: run_page.DIGEST_LENGTH]
+    model = client.get_logged_model(model_id)
+    logged = {(m.key, m.value) for m in model.metrics or [] if (m.step, m.dataset_digest) == (step, digest)}
     now = round(1000 * time.time())
     new = [
         Metric(key, value, now, step, model_id, EVALUATION, digest, run_id) for key, value in metrics.items() if (key, value) not in logged
     ]
-    if new:
-        client.log_batch(run_id, new, synchronous=True)
+    if not new:
+        return
+    tokens = (model.params or {}).get(TOKENS)
+    if tokens is not None:
+        new += [Metric(BY_TOKENS[m.key], m.value, now, int(tokens)) for m in new if m.key in BY_TOKENS]
+    client.log_inputs(run_id, [run_page.evaluation_input(EVALUATION, digest, metrics)])
+    client.log_batch(run_id, new, synchronous=True)
 
 
 def log_table(client: MlflowClient, run_id: str, rows: list[dict[str, Any]], artifact_file: str) -> None:

@@ -122,16 +122,7 @@ class Plot:
     def figure(self, title: str, note: str, legend: Iterable[tuple[str, str]], x_label: str) -> Html:
         """The chart. `legend`: kind of line and what it is; `note`: what to read from it, for those who cannot see it, too."""
         x_ticks, y_ticks = self.x.ticks(4), self.y.ticks(4)
-        grid = "".join(f"M0 {down}H{_WIDTH:g}" for down in self._down(np.array(y_ticks)))
-        picture = el(
-            "svg",
-            el("path", class_="grid", d=grid),
-            self._drawn,
-            viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}",
-            preserveAspectRatio="none",
-            role="img",
-            aria_label=f"{title}. {note}",
-        )
+        picture = self.picture(y_ticks, role="img", aria_label=f"{title}. {note}")
         places = zip(tick_labels(x_ticks), self.x.place(np.array(x_ticks)), strict=True)
         below = [el("span", label, class_="x", style=f"left:{100 * place:.1f}%") for label, place in places]
         places = zip(tick_labels(y_ticks), self.y.place(np.array(y_ticks)), strict=True)
@@ -143,6 +134,12 @@ class Plot:
             el("div", picture, el("div", beside + below, aria_hidden="true"), class_="plot"),
             el("p", note, el("span", x_label, class_="axis"), class_="note"),
         )
+
+    def picture(self, y_ticks: list[float], **attributes: str | float) -> Html:
+        """All that was drawn, over lines at the ticks, without labels: an `svg` that stretches to whatever place `attributes` give it."""
+        grid = "".join(f"M0 {down}H{_WIDTH:g}" for down in self._down(np.array(y_ticks)))
+        inside = [el("path", class_="grid", d=grid), self._drawn]
+        return el("svg", inside, viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}", preserveAspectRatio="none", **attributes)
 
     def _add(self, tag: str, *kinds: str, **attributes: str) -> None:
         self._drawn.append(el(tag, class_=" ".join(kinds), **attributes))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from model.errors import Stopped
 from model.secrets import redacted
 from tasks import tracking
 from tasks.project import Project
-from tasks.steps import ERROR, run_step
+from tasks.steps import ERROR, run_step, start_apart
 
 UI = "GPT2_MLFLOW_UI"
 """The environment variable that says where MLflow shows its default store, to which flows write without a server; `gpt2 services`
@@ -70,15 +69,7 @@ def publish_apart(project: Project, name: str, stop: threading.Event, silence: f
     Raises:
         Stopped: `stop` was set meanwhile.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tasks.report.publish", name],
-        cwd=project.root,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    )
+    process = start_apart(project.root, "tasks.report.publish", name)
     lines: list[str] = []
     reader = threading.Thread(target=_pump, args=(process, lines), daemon=True)
     reader.start()

@@ -82,12 +82,12 @@ def write_config(project: Project, learning_rate: float = 3e-4) -> RunConfig:
     return config
 
 
-def write_checkpoint(project: Project, step: int) -> Checkpoint:
-    """A sealed checkpoint of a nano GPT-2 with its own random weights."""
+def write_checkpoint(project: Project, step: int, **told: int) -> Checkpoint:
+    """A sealed checkpoint of a nano GPT-2 with its own random weights; `told` is in its state, too."""
     config = tracking.read_config(project.run_folder(NAME))
     torch.manual_seed(step)
     network = GPT2(config.model)
-    state = {"step": step, "config_digest": config.digest, "config": config.model_dump(mode="json")}
+    state = {"step": step, "config_digest": config.digest, "config": config.model_dump(mode="json"), **told}
     return CheckpointStore(project.run_folder(NAME).checkpoints).write(
         step,
         {

@@ -16,6 +16,7 @@ from model.huggingface import load_model
 from tasks import checkpoint_register, tracking
 from tasks.project import Project, read_json
 from tests.tasks.conftest import NAME, Server, write_checkpoint
+from tests.tasks.test_forwarder import Training, forwarder
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["Q: What is 12 + 30?", "Q: Which is larger, 3 or 5?"]
@@ -73,6 +74,31 @@ def test_what_is_registered_is_small_and_holds_no_pickle(project: Project) -> No
     requirements = next(path for path in files if path.name == "requirements.txt").read_text().split()
     assert all("==" in line and "+" not in line for line in requirements)
     assert {"torch", "safetensors"} <= {line.partition("==")[0] for line in requirements}
+
+
+def test_a_model_says_its_step_its_tokens_and_its_validation(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    for step, loss in ((10, 3.0), (20, 2.5), (30, 2.75)):
+        training.steps(step, step)
+        training.journal.append("validation", step=step, loss=loss, bits_per_byte=loss / 2, windows=8)
+        write_checkpoint(project, step, tokens=16 * step)
+    forwarder(project).send_new()
+    entries = register(project)
+    client = connected(project)
+    models = {model.model_id: model for model in logged_models(client, entries)}
+    for entry, loss in zip(entries, (3.0, 2.5, 2.75), strict=True):
+        model = models[entry["model_id"]]
+        assert model.params == {"step": str(entry["step"]), "tokens": str(16 * entry["step"])}
+        figures = {metric.key: metric.value for metric in model.metrics}
+        assert figures == {"validation/loss": loss, "validation/bits_per_byte": loss / 2}
+        assert {(metric.step, metric.dataset_name, metric.dataset_digest) for metric in model.metrics} == {
+            (entry["step"], "somewhere", "d" * 32)
+        }
+    assert len(client.get_metric_history(entries[0]["run_id"], "validation/loss")) == 3, "the forwarder's points, not once more"
+    experiment = client.get_run(entries[0]["run_id"]).info.experiment_id
+    ranked = client.search_logged_models([experiment], order_by=[{"field_name": "metrics.validation/loss", "ascending": True}])
+    assert [model.params["step"] for model in ranked] == ["20", "30", "10"]
 
 
 @pytest.mark.parametrize("killed_in", ["log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version"])

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from model.training.journal import Journal, read_all
-from tasks import lease, tracking
+from tasks import lease, machine_metrics, tracking
 from tasks.journal_sender import CURSOR, POINTS_A_CALL, WARNINGS, Forwarder, NoLease
+from tasks.machine_metrics import MachineMetrics
 from tasks.project import Project
 from tests.tasks.conftest import NAME, Server, write_config
 
@@ -83,6 +84,74 @@ def test_every_event_arrives_once_with_its_own_time_and_step(project: Project) -
     client = tracking.connect(project, project.experiment(NAME))
     sample = client.download_artifacts(run.info.run_id, "samples/step_00000020.txt", str(project.root))
     assert Path(sample).read_text(encoding="utf-8") == "Q: 1 + 1? A: 2 ✓"
+
+
+def test_losses_have_a_curve_over_tokens(project: Project) -> None:
+    training = Training(project)
+    training.start()
+    training.steps(1, 10)
+    training.journal.append("validation", step=10, loss=3.5, bits_per_byte=1.25, windows=8)
+    forwarder(project).send_new()
+    training.journal.append("step", step=11, loss=2.0)  # it says nothing of tokens
+    training.journal.append("validation", step=11, loss=3.0, bits_per_byte=1.0, windows=8)
+    training.start(10)
+    training.steps(11, 12)
+    training.journal.append("validation", step=12, loss=3.25, bits_per_byte=1.125, windows=8)
+    forwarder(project).send_new()
+    told_of = [e for e in read_all(training.folder.journal) if "tokens" in e]
+    assert points(project, "by_tokens/train_loss") == [(e["tokens"], e["loss"], round(e["time"] * 1000)) for e in told_of]
+    assert [point[:2] for point in points(project, "by_tokens/validation_loss")] == [(160, 3.5), (192, 3.25)]
+    assert [point[:2] for point in points(project, "by_tokens/validation_bits_per_byte")] == [(160, 1.25), (192, 1.125)]
+    assert [point[:2] for point in points(project, "validation/loss")] == [(10, 3.5), (11, 3.0), (12, 3.25)]
+    assert "validation/tokens" not in run_of(project).data.metrics
+
+
+def test_the_code_that_trains_is_the_runs_source(project: Project) -> None:
+    training, digest = Training(project), "a" * 40
+    training.journal.append("started", step=0, config_digest=training.digest, code={"commit": digest, "diff_sha256": None})
+    sender = forwarder(project)
+    sender.send_new()
+    tags = run_of(project).data.tags
+    source = {key.removeprefix("mlflow.source."): value for key, value in tags.items() if key.startswith("mlflow.source.")}
+    assert source == {"type": "LOCAL", "name": "gpt2 train tiny", "git.commit": digest, "git.dirty": "false"}
+    training.journal.append("started", step=0, config_digest=training.digest, code={"commit": digest, "diff_sha256": "b" * 64})
+    sender.send_new()
+    assert run_of(project).data.tags["mlflow.source.git.dirty"] == "true"
+
+
+def measured(project: Project) -> list[tuple[int, float, int]]:
+    return points(project, "system/cpu_utilization_percentage")
+
+
+def test_the_machine_is_measured_only_while_it_trains_and_may_tell(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    monkeypatch.setattr(machine_metrics, "SECONDS_BETWEEN_STARTS", 0.1)
+    training, sender, machine = Training(project), forwarder(project), MachineMetrics()
+    machine.keep_going(sender)
+    assert machine._thread is None, "it does not train yet"
+    training.start()
+    sender.send_new()
+    machine.keep_going(sender)
+    wait_for(lambda: len(measured(project)) > 2)
+    assert {"system/system_memory_usage_percentage", "system/disk_usage_percentage", "system/network_receive_megabytes"} <= set(
+        run_of(project).data.metrics
+    )
+    fence = lease.fence(training.folder)
+    fence.write_text(json.dumps({"valid_until": time.time() - 1, "token": 1}))  # another machine has the run
+    wait_for(lambda: not machine._thread.is_alive())
+    there = measured(project)
+    machine.keep_going(sender)
+    assert not machine._thread.is_alive()
+    fence.unlink()
+    time.sleep(0.1)
+    machine.keep_going(sender)
+    wait_for(lambda: len(measured(project)) > len(there) + 2)
+    steps = [step for step, _, _ in measured(project)]
+    assert steps == list(range(len(steps))), "it goes on from where it was"
+    machine.end()
+    wait_for(lambda: not machine._thread.is_alive())
+    machine.keep_going(sender)
+    assert not machine._thread.is_alive()
 
 
 def test_a_lost_cursor_adds_nothing_twice(project: Project) -> None:
@@ -368,6 +437,7 @@ def test_a_torn_line_waits_until_it_is_whole(project: Project) -> None:
 
 def start(project: Project, *options: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    environment["MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"] = "0.5"
     command = [sys.executable, "-m", "tasks.forwarder", NAME, *options]
     return subprocess.Popen(command, cwd=project.root, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -415,17 +485,23 @@ def test_a_closed_mlflow_delays_the_curve_and_loses_nothing(project: Project, se
     training.steps(1, 50)
     process = start(project, "--follow")
     wait_for(lambda: len(points(project)) == 50)
+    wait_for(lambda: len(measured(project)) > 1)
     server.stop()
     training.steps(51, 80)
     assert process.stderr is not None
     assert "trying again" in process.stderr.readline()
     training.steps(81, 100)
     server.start()
+    back = 1000 * time.time()
+    wait_for(lambda: any(at > back for _, _, at in measured(project)))
     training.end("finished", 100)
+    ended = time.monotonic()
     assert process.wait(90) == 0
+    assert time.monotonic() - ended < 10, "measuring keeps nobody waiting"
     assert points(project) == told(project)
     assert run_of(project).info.status == "FINISHED"
-    process.communicate()
+    _, errors = process.communicate()
+    assert all(line.startswith("tracking: ") for line in errors.splitlines()), errors
 
 
 @pytest.mark.slow
