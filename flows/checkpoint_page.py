@@ -33,12 +33,13 @@ def print_checkpoints(project: Project, name: str, rows: list[dict[str, Any]]) -
     console.print(table(rows))
     scored = next((row for row in reversed(rows) if row["answer_bits_per_byte"] is not None), None)
     if scored is not None:
-        console.print(Text(_legend(scored), style="dim"))
+        console.print(Text(legend(scored), style="dim"))
     if line := champion_line(project, name):
         console.print(Text(line[0].upper() + line[1:]))
 
 
-def _legend(row: dict[str, Any]) -> str:
+def legend(row: dict[str, Any]) -> str:
+    """What the columns mean, by the counts of a row that has scores."""
     return (
         f"Of {row['items']:.0f} held-out samples, ± half the 95 % interval. text, answer: bits per byte, lower is better; answer: the gold "
         f"answer given question and gold reasoning. exact: of {row['checkable']:.0f} answers that can be checked. format: of "
@@ -69,19 +70,17 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `tasks.overview.checkpoint_list` as Prefect's page shows it: figures with their intervals."""
-    checkable = "" if row["exact_match"] is None else f" of {row['checkable']:.0f}"
+    """A row of `tasks.overview.checkpoint_list` as Prefect's page shows it: figures with their intervals. What matters comes first: a page
+    1,280 pixels wide cuts off what follows the version."""
     return {
-        "name": row["name"],
-        "step": row["step"],
-        "text bits/byte": _bits(row, "text_bits_per_byte"),
-        "answer bits/byte": _bits(row, "answer_bits_per_byte"),
-        "exact match": _share(row, "exact_match") + checkable,
+        "checkpoint": row["name"],
+        "mark": " ".join(mark for mark, marked in (("★", row["champion"]), ("best", row["best"])) if marked),
+        "text": _bits(row, "text_bits_per_byte"),
+        "answer": _bits(row, "answer_bits_per_byte"),
+        "exact": _share(row, "exact_match"),
         "format": _share(row, "format_adherence"),
-        "champion": "★" if row["champion"] else "",
-        "best": "yes" if row["best"] else "",
         "version": row["version"] or "",
-        "reason": row["reason"] or "",
+        "why": row["reason"] or "",
         "digest": row["digest"] or "",
     }
 

@@ -1,35 +1,54 @@
 """The flow `train-gpt2`: from an experiment of params.yaml to its evaluated checkpoints."""
 
-from typing import Any
-
 from prefect import State, flow
 from prefect.states import Completed
 
-from flows import stages
+from flows import on_gpu, showing, stages
+from flows.automations import tell_champion
+from flows.ending import ends_by_itself
+from model.changes import Changes, changes_of
 from tasks import preflight, versioning
-from tasks.project import find_project
+from tasks.news import standing
+from tasks.project import Project, find_project
 
 
 @flow(name="train-gpt2", flow_run_name="{experiment}")
-@stages.ends_by_itself
-def train_gpt2(experiment: str, overrides: dict[str, Any] | None = None) -> State[Any]:
+@ends_by_itself
+def train_gpt2(experiment: str, overrides: Changes | None = None) -> State[object]:
     """Train an experiment of params.yaml, register its checkpoints, evaluate each, and push all of it to the external storage.
 
-    What is up to date is skipped, what was interrupted goes on.
+    What is up to date is skipped, what was interrupted goes on. Deployed, it trains on the pool `gpu`, else in this process.
 
     Args:
         experiment: its name in params.yaml.
-        overrides: fields to change for this run, by section, such as `{"training": {"max_steps": 100}}`; they are recorded in
-            overrides.yaml in place of those of the last run.
+        overrides: fields to change for this run; they are recorded in overrides.yaml in place of those of the last run.
     """
-    project = find_project()
-    checked = preflight.check(project, experiment, overrides or {})
+    project, changes = find_project(), changes_of(overrides)
+    elsewhere = on_gpu.is_meant()
+    checked = preflight.check(project, experiment, changes, trains_here=not elsewhere)
     with stages.sole_flow(project, experiment):
-        project.record_overrides(experiment, overrides or {})
+        living = on_gpu.living_training(experiment) if elsewhere else None
+        if living is not None:
+            on_gpu.refuse_other_changes(living, experiment, changes)
+        before = standing(project, experiment)
+        project.record_overrides(experiment, changes)
         versioning.configure_remote(project, checked)
-        unfinished = stages.run_stages(project, experiment, versioning.STAGES)
+        unfinished = _run(project, experiment, elsewhere, joins=living is not None)
         if unfinished is not None:
             return unfinished
+        tell_champion(project, experiment, before)
         stages.bring_up_to_date(experiment, finished=True)
-        stages.show_checkpoints(project, experiment)
+        showing.show_checkpoints(project, experiment)
     return Completed(message=f"{experiment}: all stages are up to date")
+
+
+def _run(project: Project, experiment: str, elsewhere: bool, joins: bool) -> State[object] | None:
+    """None if all stages are done, else the state in which the flow has to end."""
+    if not elsewhere:
+        return stages.run_stages(project, experiment, versioning.STAGES)
+    if joins:
+        state = stages.outcome(on_gpu.join.submit(experiment))
+        if not state.is_completed():
+            return stages.as_end(state)
+        return stages.run_stages(project, experiment, versioning.STAGES)
+    return stages.run_stages(project, experiment, versioning.STAGES, train=on_gpu.train_there)

@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from model import disk
 from model.checkpoint.store import Checkpoint, NotWhole, open_checkpoint
-from model.config import EvaluationConfig, RunConfig
+from model.config import EvaluationConfig, HardwareConfig, RunConfig
 from model.device import pick_device
+from model.errors import UserError
 from model.evaluation.comparison import Evidence, Verdict
 from model.evaluation.score_store import score_each, stored_scores
 from model.evaluation.scoring import EVALUATION_VERSION, EvaluationSet, Scores, evaluation_set, score
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.journal import read_current
+from model.training.lock import gpus_in_use
 from model.training.run import read_run
 from tasks import champion, tracking
 from tasks.champion import REASON_TAG, NotComparable
@@ -95,7 +98,19 @@ def evaluate_each_checkpoint(project: Project, name: str, score: Score = score) 
     Raises:
         NotScored: some could not be; all else is done.
     """
-    stage = _Stage.of(project, name, score)
+    lock = FileLock(project.run_folder(name).path / ".evaluate.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:  # one evaluates while training goes on (tasks/beside.py)
+        print(f"waiting for another evaluation of {name}", flush=True)
+        lock.acquire()
+    try:
+        _evaluate(_Stage.of(project, name, score), project, name)
+    finally:
+        lock.release()
+
+
+def _evaluate(stage: _Stage, project: Project, name: str) -> None:
     registered = read_json(stage.folder.registered) or []
     results, failures = _score_all(stage, registered)
     entries = [entry for entry in registered if entry["digest"] in results]
@@ -129,6 +144,17 @@ def evaluate_each_checkpoint(project: Project, name: str, score: Score = score) 
         raise NotScored(_told(failures)) from next(iter(failures.values()))
 
 
+def _device(hardware: HardwareConfig) -> torch.device:
+    """Where to score: as `hardware.evaluation_device` says."""
+    if hardware.evaluation_device != "auto":
+        return pick_device(hardware.evaluation_device)
+    try:
+        device = pick_device(hardware.device)
+    except UserError:  # this machine lacks what training needs
+        return pick_device("cpu")
+    return pick_device("cpu") if device.type == "cuda" and gpus_in_use() else device
+
+
 @dataclass(frozen=True)
 class _Stage:
     """What is scored on what, and with what."""
@@ -145,7 +171,7 @@ class _Stage:
         folder = project.run_folder(name)
         config, manifest = read_run(folder)
         settings = validated(EvaluationConfig, read_yaml(folder.evaluation_config), folder.evaluation_config.name)
-        device = pick_device(project.experiment(name).hardware.device)
+        device = _device(project.experiment(name).hardware)
         return cls(project, folder, config, evaluation_set(config, manifest, settings), device, score)
 
     def verified_score(self, checkpoint: Checkpoint) -> Scores:

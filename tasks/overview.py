@@ -55,6 +55,15 @@ def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[R
     return rows
 
 
+def steps_to_go(project: Project, name: str) -> tuple[int, int] | None:
+    """The step that training goes on from, and its last one; None before the config is built."""
+    folder = project.run_folder(name)
+    if not folder.config.exists():
+        return None
+    total = validated(RunConfig, read_yaml(folder.config), folder.config.name).total_steps
+    return max((step_of(path.name) for path in CheckpointStore(folder.checkpoints).folders()), default=0), total
+
+
 def champion_line(project: Project, name: str) -> str | None:
     """Which checkpoint is champion and why, in a line; None if none is, or nothing was evaluated."""
     scores = read_json(project.run_folder(name).scores) or {}

@@ -16,14 +16,15 @@ from tasks.project import Project
 HUB_ANSWERS_WITHIN_S = 5.0
 
 
-def check(project: Project, name: str, overrides: dict[str, Any]) -> Experiment:
-    """The experiment with these overrides, if it can be trained on this machine now. Nothing is written.
+def check(project: Project, name: str, overrides: dict[str, Any], trains_here: bool = True) -> Experiment:
+    """The experiment with these overrides, if it can be trained on this machine now. Nothing is written. Where another machine trains
+    (not `trains_here`) this one needs no device.
 
     Raises:
         UserError: what is missing, all of it in one line. A training that is done already misses nothing.
     """
     experiment = project.with_overrides(name, overrides)
-    missing = [what for what in (_device(experiment), _data(experiment), _storage(project, experiment)) if what]
+    missing = [what for what in (_device(experiment) if trains_here else None, _data(experiment), _storage(project, experiment)) if what]
     if missing and not (overrides == project.overrides(name) and {"build-config", "train"} <= set(versioning.up_to_date(project, name))):
         raise UserError("; ".join(missing))
     return experiment

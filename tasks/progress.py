@@ -47,6 +47,8 @@ class Progress:
         self._began: tuple[float, int] | None = None
         self._step_event: Event | None = None
         self._validation: float | None = None
+        self.checkpoint: str | None = None
+        """The name of the checkpoint that was sealed last, as far as it was read."""
         self._printed = time.monotonic()
         self._printed_step = -1
 
@@ -60,6 +62,8 @@ class Progress:
                 self._began = self._began or (event["time"], event["step"])
             elif event["event"] == "validation":
                 self._validation = event["bits_per_byte"]
+            elif event["event"] == "checkpoint":
+                self.checkpoint = event["name"]
         newest = self._step_event
         if newest is None or self._began is None:
             return None

@@ -20,6 +20,7 @@ Which = Annotated[str | None, typer.Option("--checkpoint", help="Such as step_00
 
 _ENVIRONMENT = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows the stages; Prefect's log is in its UI
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # as deployed runs (prefect.yaml): five minutes of silence count as dead
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
