@@ -33,8 +33,8 @@ setup: $(VENV)/.installed-dev ## install into .venv, nothing else
 quickstart: $(VENV)/.installed ## train, register and evaluate a tiny GPT-2 on this machine: about three minutes
 	@$(BIN)/gpt2 train quickstart
 
-services: $(VENV)/.installed ## Prefect and MLflow with their pages, and a worker; Ctrl-C ends all
-	@$(BIN)/gpt2 services
+services: $(VENV)/.installed ## Prefect and MLflow with their pages, and two workers; Ctrl-C ends all. OPTIONS="--host …"
+	@exec $(BIN)/gpt2 services $(OPTIONS)
 
 check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: under two minutes
 	@$(BIN)/ruff check .

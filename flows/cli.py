@@ -5,7 +5,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from flows.commands import benchmarking, comparing, looking, replaying, reporting, running, using
+from flows.commands import benchmarking, comparing, deploying, looking, replaying, reporting, restoring, running, serving, using
 from flows.commands.shared import say
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
@@ -33,7 +33,10 @@ for command in (
     benchmarking.benchmark_lm,
     reporting.report,
     running.sync,
-    running.services,
+    restoring.restore,
+    serving.services,
+    serving.worker,
+    deploying.deploy,
 ):
     app.command()(command)
 

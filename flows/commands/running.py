@@ -1,4 +1,4 @@
-"""Commands that run the pipeline: train, evaluate, sync, services."""
+"""Commands that run the pipeline: train, evaluate, sync."""
 
 import json
 from typing import Annotated
@@ -87,16 +87,3 @@ def sync(name: Name, as_json: Json = False) -> None:
             print(f"{part.service}: {part.message}")
     if any(part.problem for part in parts):
         raise typer.Exit(EXIT_FAULT)
-
-
-def services(
-    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Prefect's server and UI.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's server and UI.")] = 5000,
-) -> None:
-    """Start Prefect's and MLflow's servers with their UIs and a worker of the pool `gpu`, and deploy. Ctrl-C ends all of them.
-
-    Example: gpt2 services
-    """
-    from flows.services import run_services
-
-    run_services(find_project(), prefect_port, mlflow_port)

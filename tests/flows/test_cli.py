@@ -32,7 +32,10 @@ COMMANDS = (
     "generate",
     "export",
     "sync",
+    "restore",
     "services",
+    "worker",
+    "deploy",
     "report",
     "compare",
 )
