@@ -150,16 +150,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): (folder / path).read_bytes() for path in versioned}
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    home = tmp_path_factory.mktemp("home")
-    root = home / "a clone"
-    root.mkdir()
+def copy_working_tree(root: Path) -> None:
+    """What git tracks or would track, as it is now, into the new folder `root`; no record of DVC's."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.split("\0"):
         if (ROOT / name).is_file() and name != "dvc.lock":
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    home = tmp_path_factory.mktemp("home")
+    root = home / "a clone"
+    copy_working_tree(root)
     write_corpus(home / "corpus", seed=1, rows=600, files=2)
     tiny = {
         "model": {"preset": "nano", "dropout": 0.1},
@@ -191,7 +195,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
 
 @dataclass
 class Services:
-    """`gpt2 services`: a Prefect server, MLflow's, a worker of the pool `gpu`, everything deployed."""
+    """`gpt2 services`: a Prefect server, MLflow's, a worker of each pool, everything deployed."""
 
     clone: Clone
     desk: subprocess.Popen[str]
@@ -209,14 +213,21 @@ class Services:
         body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
         return {run["name"].partition("[")[0]: run["state"]["name"] for run in self.ask("task_runs/filter", body)}
 
+    def training(self, experiment: str) -> dict[str, Any]:
+        """The newest run of `stream-and-train` for an experiment."""
+        body = {"flow_runs": {"tags": {"all_": [f"trains:{experiment}"]}}, "sort": "START_TIME_DESC", "limit": 1}
+        found: dict[str, Any] = self.ask("flow_runs/filter", body)[0]
+        return found
+
     def ask(self, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.clone.environment['PREFECT_API_URL']}/{path}", data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def worker(self) -> psutil.Process:
-        return next(process for process in psutil.Process(self.desk.pid).children() if "worker" in process.cmdline())
+    def worker(self, pool: str) -> psutil.Process:
+        below = psutil.Process(self.desk.pid).children(recursive=True)
+        return next(process for process in below if {"worker", pool} <= set(process.cmdline()))
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,22 @@
-"""With `gpt2 services`: a deployed run completes, is skipped the second time, is cancelled, and a training outlives nobody."""
+"""With `gpt2 services`: a deployed run completes and is skipped the second time, the night's round goes by, and a dead worker is told
+of."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import urllib.request
+from collections.abc import Iterator
 
 import psutil
 import pytest
+from playwright.sync_api import Page, expect
 
-from model.errors import EXIT_FAULT, EXIT_USER
+from model.errors import EXIT_FAULT
 from tasks.versioning import STAGES
-from tests.end_to_end.conftest import DVC, GPT2, PREFECT, Clone, Services, until, until_it_trains, until_left
+from tests.end_to_end.conftest import DVC, PREFECT, Clone, Services, until, until_it_trains, until_left
+from tools.screenshots import SHOTS, NoBrowser, Pages, choices, field, new_page, open_browser
 
 pytestmark = pytest.mark.slow
 
@@ -21,20 +26,28 @@ AT_THE_END = ("sync-tracking", "push-to-storage", "make-report")
 
 def test_everything_is_deployed(services: Services) -> None:
     deployments = services.ask("deployments/filter", {})
-    assert {deployment["name"] for deployment in deployments} == {"quickstart", "samples2m", "samples2m-muon", "nightly"}
+    names = {"quickstart", "samples2m", "samples2m-muon", "gpu", "follow", "crashed", "nightly"}
+    assert {deployment["name"] for deployment in deployments} == names
     nightly = next(deployment for deployment in deployments if deployment["name"] == "nightly")
     assert [(schedule["schedule"]["cron"], schedule["active"]) for schedule in nightly["schedules"]] == [("0 3 * * *", True)]
+    scheduled = {"deployments": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    until(lambda: services.ask("flow_runs/filter", scheduled), 90, "the scheduler plans the coming nights")
 
 
 def test_a_deployed_run_completes_and_dvc_has_nothing_left_to_do(clone: Clone, services: Services) -> None:
     watched = clone.run(*PREFECT, "deployment", "run", "train-gpt2/quickstart", "--watch")
     flow_run_id = watched.stdout.split("UUID:")[1].split()[0]
     assert services.state(flow_run_id) == "Completed"
-    assert services.task_states(flow_run_id) == dict.fromkeys(TASKS + AT_THE_END, "Completed")
+    states = services.task_states(flow_run_id)
+    training = services.training("quickstart")
+    assert {name: states[name] for name in (*TASKS, *AT_THE_END)} == dict.fromkeys((*TASKS, *AT_THE_END), "Completed")
+    assert services.task_states(training["id"]) == {"build-config": "Cached", "stream-and-train": "Completed"}
+    assert training["name"] == "quickstart 0 to 240"
     artifacts = {artifact["key"]: artifact for artifact in services.ask("artifacts/filter", {})}
     assert "240/240" in artifacts["training-quickstart"]["description"]
     assert float(artifacts["training-quickstart"]["data"]) == 100
     assert "step_00000240" in artifacts["checkpoints-quickstart"]["data"]
+    assert artifacts["loss-quickstart"]["data"].startswith("data:image/svg+xml;base64,")
     report = (clone.folder("quickstart").report / "report.html").read_text()
     assert "finished" in report
     link = artifacts["report-quickstart"]["data"].partition("](")[2].partition(")")[0]
@@ -58,6 +71,98 @@ def test_a_deployed_run_completes_and_dvc_has_nothing_left_to_do(clone: Clone, s
     assert champion["version"] == next(row["version"] for row in rows if row["champion"])
 
 
+@pytest.fixture
+def pages(services: Services) -> Pages:
+    """Where a person looks after that run."""
+    return Pages(services.clone.environment["PREFECT_API_URL"].removesuffix("/api"), services.mlflow, "quickstart")
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of a real browser."""
+    try:
+        with open_browser() as browser:
+            yield new_page(browser)
+    except NoBrowser as none:
+        pytest.skip(str(none))
+
+
+def test_prefects_page_of_the_run_shows_its_steps_its_tasks_and_the_training(pages: Pages, page: Page) -> None:
+    SHOTS["prefect-flow-run"](page, pages)
+    expect(page.get_by_text("quickstart 0 to 240", exact=True)).to_have_count(2)  # its own name, and that of the training below it
+    expect(page.get_by_text("stream-and-train", exact=True)).to_be_visible()
+    expect(page.get_by_text("Completed", exact=True)).to_have_count(2)
+    page.get_by_text("Task Runs", exact=True).click()
+    for task in (*TASKS, *AT_THE_END):
+        expect(page.get_by_text(f"{task}[quickstart]", exact=True)).to_be_visible()
+
+
+def test_prefects_artifacts_show_progress_curve_checkpoints_and_report(clone: Clone, pages: Pages, page: Page) -> None:
+    page.goto(f"{pages.prefect}/artifacts")
+    for what in ("training", "loss", "checkpoints", "report"):
+        expect(page.get_by_text(f"{what}-quickstart", exact=True)).to_be_visible()
+    page.goto(pages.artifact("training"))
+    expect(page.get_by_text("step 240/240")).to_be_visible()
+    expect(page.get_by_text("Progress: 100%")).to_be_visible()
+    SHOTS["prefect-loss"](page, pages)
+    assert page.locator("img[src^='data:image/svg']").evaluate("picture => picture.decode().then(() => picture.naturalWidth)") > 0
+    SHOTS["prefect-checkpoints"](page, pages)
+    rows = page.locator("tbody tr").all_inner_texts()
+    for row, checkpoint in zip(rows, clone.checkpoints("quickstart"), strict=True):
+        assert row.startswith(checkpoint["name"])
+        assert ("★" in row) == checkpoint["champion"]
+        assert f"{checkpoint['answer_bits_per_byte']:.3f} ±" in row
+    page.goto(pages.artifact("report"))
+    link = page.get_by_role("link", name="The report of quickstart in MLflow").get_attribute("href")
+    assert link is not None
+    page.goto(link)
+    expect(page.frame_locator("iframe").get_by_text("finished").first).to_be_visible()
+
+
+def test_prefects_form_shows_docs_choices_and_bounds_and_refuses_a_bad_value(services: Services, pages: Pages, page: Page) -> None:
+    trainings = {"flows": {"name": {"any_": ["train-gpt2"]}}}
+    before = services.ask("flow_runs/count", trainings)
+    SHOTS["prefect-form"](page, pages)
+    expect(page.get_by_text("'overrides.training.learning_rate'. Failure reason: -1 is less than or equal to").first).to_be_visible()
+    assert services.ask("flow_runs/count", trainings) == before
+    expect(field(page, "Learning Rate")).to_contain_text("Peak rate, reached after the warm-up. More than 0.")
+    options = choices(page, "Optimizer")
+    expect(options).to_have_count(2)
+    assert options.all_inner_texts() == ["adamw", "muon"]
+
+    options.last.click()
+    field(page, "Learning Rate").locator("input").fill("0.001")
+    choices(page, "Cache").first.click()
+    page.route("**/create_flow_run", lambda route: route.abort())
+    with page.expect_request("**/create_flow_run") as sent:
+        page.get_by_role("button", name="Submit").click()
+    overrides = sent.value.post_data_json["parameters"]["overrides"]
+    assert overrides == {"data": {"cache": True}, "training": {"optimizer": "muon", "learning_rate": 0.001}}, "only what was filled in"
+
+
+def test_mlflows_page_of_the_run_shows_what_it_is_and_its_curves(pages: Pages, page: Page) -> None:
+    SHOTS["mlflow-run"](page, pages)
+    expect(page.get_by_role("heading", name=re.compile(r"quickstart 0-240 \(seed 42, [0-9a-f]{8}\)"))).to_be_visible()
+    for link in ("report", "checkpoints and scores", "versions and champion"):
+        expect(page.get_by_role("link", name=link, exact=True)).to_be_visible()
+    flow_run = page.get_by_role("link", name="flow run in Prefect").get_attribute("href")
+    assert flow_run is not None
+    expect(page.get_by_text(re.compile(r"\([0-9a-f]{32}\)")).first).to_be_visible()  # the dataset, by its digest
+    SHOTS["mlflow-curves"](page, pages)
+    for group in ("by_tokens", "train", "validation", "evaluation"):
+        expect(page.get_by_text(group, exact=True).first).to_be_visible()
+    page.goto(flow_run)
+    expect(page.get_by_text("quickstart 0 to 240", exact=True).first).to_be_visible()
+
+
+def test_mlflows_registry_shows_a_version_for_each_checkpoint_and_the_champion(clone: Clone, pages: Pages, page: Page) -> None:
+    SHOTS["mlflow-registry"](page, pages)
+    for checkpoint in clone.checkpoints("quickstart"):
+        row = page.get_by_role("row").filter(has=page.get_by_role("link", name=f"Version {checkpoint['version']}", exact=True))
+        expect(row).to_contain_text(checkpoint["name"])
+        expect(row.get_by_role("status", name="champion", exact=True)).to_have_count(int(checkpoint["champion"]))
+
+
 def test_the_second_run_skips_every_stage(clone: Clone, services: Services) -> None:
     clone.run(*PREFECT, "deployment", "run", "train-gpt2/quickstart", "--watch")
     newest = services.ask(
@@ -74,41 +179,12 @@ def test_the_nightly_run_evaluates_what_has_checkpoints(clone: Clone, services: 
     assert clone.folder("quickstart").scores.read_bytes() == before
 
 
-def test_a_cancelled_run_is_cancelled_and_its_training_resumable(clone: Clone, services: Services) -> None:
-    flow_run_id = services.flow_run("samples2m")
-    until_it_trains(clone, "samples2m")
-    clone.run(*PREFECT, "flow-run", "cancel", flow_run_id)
-    until(lambda: services.state(flow_run_id) not in ("Running", "Cancelling"), 60, "the run ends")
-    assert services.state(flow_run_id) == "Cancelled"
-    assert clone.trainers() == []
-    last = clone.journal("samples2m")[-1]
-    assert last["event"] == "stopped"
-    assert clone.checkpoints("samples2m")[-1]["name"] == last["checkpoint"]
-
-
-def test_when_the_flow_is_killed_the_training_stops_and_the_next_run_goes_on(clone: Clone, services: Services) -> None:
-    stopped_at = clone.journal("samples2m")[-1]["step"]
-    services.flow_run("samples2m")
-    until_it_trains(clone, "samples2m")
-    started = [event for event in clone.journal("samples2m") if event["event"] == "started"][-1]
-    assert started["step"] == stopped_at, "it went on from where it was cancelled"
-    busy = clone.run(*GPT2, "evaluate", "samples2m", check=False)
-    assert busy.returncode == EXIT_USER
-    assert "another flow works on it" in busy.stderr
-    flow = clone.dvc_of("samples2m").parent()
-    assert flow is not None
-    assert "prefect.engine" in flow.cmdline()
-    flow.send_signal(signal.SIGKILL)
-    until_left(clone)
-    assert clone.journal("samples2m")[-1]["event"] == "stopped"
-
-
 def test_when_the_worker_is_killed_the_training_stops_and_the_services_say_so(clone: Clone, services: Services) -> None:
     services.flow_run("samples2m")
     until_it_trains(clone, "samples2m")
     flow = clone.dvc_of("samples2m").parent()
     assert flow is not None
-    services.worker().send_signal(signal.SIGKILL)
+    services.worker("gpu").send_signal(signal.SIGKILL)
     until_left(clone)
     assert clone.journal("samples2m")[-1]["event"] == "stopped"
     psutil.wait_procs([flow], 60)
