@@ -30,7 +30,8 @@ NAME = "run"
 KINDS = {"trainer": 8, "group": 8, "parent": 2, "stage's tree": 0.5, "stage": 0.5, "stage's trainer": 0.5}
 """Who is killed, and how often. The last three are of a stage that is really started, which takes seconds."""
 KILLED_AS = ["plain", "cache", "plain", "skip", "rollback"]
-OF_A_STAGE = {".tracking.lock", ".tracking-run.lock", ".aliases.json", ".lease.json", ".lease.lock"}
+CURVES = {f"curves/{name}.csv" for name in ("loss", "validation_loss", "tokens_per_s")}
+OF_A_STAGE = {".tracking.lock", ".tracking-run.lock", ".aliases.json", ".lease.json", ".lease.lock", ".fetch.lock", *CURVES}
 """Files in a run's folder that are not the trainer's."""
 TO_NOTICE_AND_LEAVE_S = 8.0
 """A trainer whose parent died notices within 5 s; then it saves and leaves."""
