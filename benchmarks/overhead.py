@@ -112,8 +112,9 @@ class Setup:
             training = {**plain["training"], "max_steps": count, "num_epochs": 100_000, "eval_freq": max(1, count // 10)}
             checkpoint = {"save_every_n_iterations": max(1, count // 3)}
             found[name] = {**plain, "seed": seed, "training": training, "checkpoint": checkpoint}
-        (self.root / "params.yaml").write_text(yaml.safe_dump({"defaults": params["defaults"], "experiments": found}))
-        (self.root / "overrides.yaml").write_text(yaml.safe_dump({"overrides": {name: {} for name in found}}))
+        everything = {"defaults": params["defaults"], "experiments": found}
+        (self.root / "params.yaml").write_text(json.dumps(everything))  # which is YAML, without the aliases that a dump would make
+        (self.root / "overrides.yaml").write_text(json.dumps({"overrides": {name: {} for name in found}}))
 
     def seconds_of_steps(self, steps: int) -> float:
         """What the trainer takes for the probe's steps, its start left out."""
