@@ -47,7 +47,7 @@ def deploy(project: Project, environment: Mapping[str, str], webhook: str | None
     """
     if not (project.root / "prefect.yaml").is_file():
         raise UserError(f"prefect.yaml: not in {project.root}; nothing says what to deploy")
-    with _client(environment) as client:
+    with connected(environment) as client:
         document = _made_block(webhook) if webhook is not None else _found_block(client, block) if block is not None else None
         _make_pools(client)
         _run_prefect_deploy(project, environment)
@@ -55,7 +55,7 @@ def deploy(project: Project, environment: Mapping[str, str], webhook: str | None
 
 
 @contextlib.contextmanager
-def _client(environment: Mapping[str, str]) -> Iterator[SyncPrefectClient]:
+def connected(environment: Mapping[str, str]) -> Iterator[SyncPrefectClient]:
     """A client of the server that is meant; while it is open, everything of Prefect in this process talks to that one."""
     import httpx
     from prefect.client.orchestration import get_client

@@ -44,6 +44,7 @@ SECONDS_TO_LEAVE = 15.0
 LONGEST_PENDING = timedelta(minutes=15)
 """Between a worker's taking a run and its first sign of life, after which the heartbeats are waited for."""
 _TAG = "trains:"
+"""Begins the tag of every flow run that trains; the experiment follows."""
 _ENDED = {StateType.COMPLETED, StateType.FAILED, StateType.CANCELLED, StateType.CRASHED}
 _LIVING = [each for each in StateType if each not in _ENDED]
 
@@ -53,17 +54,12 @@ def is_meant() -> bool:
     return under_a_worker() and runtime.deployment.id is not None
 
 
-def tag_of(experiment: str) -> str:
-    """The tag of every flow run that trains an experiment."""
-    return f"{_TAG}{experiment}"
-
-
 def living_training(experiment: str) -> FlowRun | None:
     """The flow run that trains the experiment now, or waits to; the oldest if there are several."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
-                tags=FlowRunFilterTags(all_=[tag_of(experiment)]),
+                tags=FlowRunFilterTags(all_=[f"{_TAG}{experiment}"]),
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_LIVING)),
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
@@ -100,9 +96,9 @@ def refuse_other_changes(living: FlowRun, experiment: str, changes: dict[str, An
 
 
 @task(cache_policy=NO_CACHE, task_run_name="stream-and-train[{experiment}]")
-def join(experiment: str) -> State[Any]:
-    """Wait for the training that is going on."""
-    return _trained(find_project(), experiment) or Completed()
+def join(experiment: str, config_digest: str | None) -> State[Any]:
+    """Wait for the training that is going on, of this configuration. (This clone may have built another one, or none.)"""
+    return _trained(find_project(), experiment, config_digest) or Completed()
 
 
 @task(cache_policy=NO_CACHE, task_run_name="stream-and-train[{experiment}]")
@@ -110,14 +106,15 @@ def train_there(experiment: str, fresh: bool) -> State[Any]:
     """Train on the pool `gpu`, wait for it, and have here what it made."""
     if fresh:
         return stages.run_stage("train", experiment, fresh)
-    unfinished = _trained(find_project(), experiment)
+    project = find_project()
+    unfinished = _trained(project, experiment, read_config(project.run_folder(experiment)).digest)
     if unfinished is not None:
         return unfinished
     here = stages.run_stage("train", experiment, fresh=False)
     return Completed(message="trained on the pool gpu") if here.is_completed() else here
 
 
-def _trained(project: Project, experiment: str) -> State[Any] | None:
+def _trained(project: Project, experiment: str, config_digest: str | None) -> State[Any] | None:
     """Have it trained; None when it is, else the state in which the task has to end. One that crashes begins again, by policy."""
     logger, last = get_run_logger(), None
     resumes = project.experiment(experiment).orchestration.auto_resume
@@ -127,7 +124,7 @@ def _trained(project: Project, experiment: str) -> State[Any] | None:
             logger.info("%s is being cancelled; a new training waits for its end", child.name)
             _wait(child, STOP, logger.info)
             child = living_training(experiment)
-        child = child or _start(project, experiment)
+        child = child or _start(project, experiment, config_digest)
         state = _wait(child, STOP, logger.info)
         if state is None:
             return _stopped(child)
@@ -144,16 +141,15 @@ def _trained(project: Project, experiment: str) -> State[Any] | None:
     return Failed(message=f"training crashed {resumes + 1} times (orchestration.auto_resume: {resumes}), the last time: {last}")
 
 
-def _start(project: Project, experiment: str) -> FlowRun:
-    """A flow run that trains the experiment as it is built here, scheduled now."""
-    digest = read_config(project.run_folder(experiment)).digest
+def _start(project: Project, experiment: str, config_digest: str | None) -> FlowRun:
+    """A flow run that trains the experiment, scheduled now; no other configuration of it than this one."""
     try:
         return run_deployment(  # type: ignore[return-value]
             DEPLOYMENT,
-            parameters={"experiment": experiment, "overrides": project.overrides(experiment), "config_digest": digest},
+            parameters={"experiment": experiment, "overrides": project.overrides(experiment), "config_digest": config_digest},
             timeout=0,
             flow_run_name=experiment,
-            tags=[tag_of(experiment)],
+            tags=[f"{_TAG}{experiment}"],
             idempotency_key=str(uuid4()),  # a request that is sent again, because no answer came, asks for the same
         )
     except ObjectNotFound:
@@ -177,7 +173,7 @@ def _wait(child: FlowRun, stop: threading.Event, report: Callable[[str], None]) 
                     client.set_flow_run_state(child.id, Crashed(message=lost), force=True)
                 if state is not None and state.type != StateType.RUNNING and time.monotonic() - told > SECONDS_BETWEEN_LINES:
                     told = time.monotonic()
-                    report(_waits_for(client, child, state))
+                    report(_waits_for(client, child))
         except Exception as error:
             if time.monotonic() - told > SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
@@ -185,9 +181,7 @@ def _wait(child: FlowRun, stop: threading.Event, report: Callable[[str], None]) 
     return None
 
 
-def _waits_for(client: SyncPrefectClient, child: FlowRun, state: State[Any]) -> str:
-    if state.is_paused():
-        return f"{child.name} is paused; resume it, or cancel it"
+def _waits_for(client: SyncPrefectClient, child: FlowRun) -> str:
     now = ", ".join(_in_training(client)) or "none (does a worker of the pool gpu run?)"
     return f"{child.name} waits for a free GPU; these train: {now}"
 

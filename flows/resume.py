@@ -8,6 +8,7 @@ from prefect import State, flow, get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Completed, Failed, Scheduled
 
 from flows.ending import ends_by_itself
@@ -69,10 +70,9 @@ def _tagged(client: SyncPrefectClient, tag: str) -> list[FlowRun]:
 
 def _begun_since(client: SyncPrefectClient, crashed: FlowRun, experiment: str, first: str) -> bool:
     """Whether a run of the same experiment was created after the crashed one, not by this flow."""
-    found = client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[crashed.deployment_id])) if crashed.deployment_id else None,
-        limit=200,
-    )
+    assert crashed.deployment_id is not None
+    of_the_deployment = DeploymentFilter(id=DeploymentFilterId(any_=[crashed.deployment_id]))
+    found = client.read_flow_runs(deployment_filter=of_the_deployment, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
     return any(
         run.created is not None
         and crashed.created is not None

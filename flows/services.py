@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flows.access import PASSWORD, USER, Access
 from flows.clone import PROJECT
@@ -165,14 +165,10 @@ def _mlflow_server(project: Project, access: Access, databases: Databases | None
 
 def _wait_for_workers(desk: Desk, workers: list[Worker], environment: dict[str, str]) -> None:
     """Wait until Prefect's server has heard from each of them."""
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+    from flows.deploy import connected
 
     since = datetime.now(UTC)
-    settings: dict[Any, Any] = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
-    if "PREFECT_API_AUTH_STRING" in environment:
-        settings[PREFECT_API_AUTH_STRING] = environment["PREFECT_API_AUTH_STRING"]
-    with temporary_settings(settings), get_client(sync_client=True) as client:
+    with connected(environment) as client:
 
         def heard_from(worker: Worker) -> bool:
             known = client.read_workers_for_work_pool(worker.pool)

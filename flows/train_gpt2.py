@@ -1,6 +1,7 @@
 """The flow `train-gpt2`: from an experiment of params.yaml to its evaluated checkpoints."""
 
 from prefect import State, flow
+from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed
 
 from flows import on_gpu, showing, stages
@@ -33,7 +34,7 @@ def train_gpt2(experiment: str, overrides: Changes | None = None) -> State[objec
         before = standing(project, experiment)
         project.record_overrides(experiment, changes)
         versioning.configure_remote(project, checked)
-        unfinished = _run(project, experiment, elsewhere, joins=living is not None)
+        unfinished = _run(project, experiment, elsewhere, living)
         if unfinished is not None:
             return unfinished
         tell_champion(project, experiment, before)
@@ -42,12 +43,12 @@ def train_gpt2(experiment: str, overrides: Changes | None = None) -> State[objec
     return Completed(message=f"{experiment}: all stages are up to date")
 
 
-def _run(project: Project, experiment: str, elsewhere: bool, joins: bool) -> State[object] | None:
+def _run(project: Project, experiment: str, elsewhere: bool, living: FlowRun | None) -> State[object] | None:
     """None if all stages are done, else the state in which the flow has to end."""
     if not elsewhere:
         return stages.run_stages(project, experiment, versioning.STAGES)
-    if joins:
-        state = stages.outcome(on_gpu.join.submit(experiment))
+    if living is not None:
+        state = stages.outcome(on_gpu.join.submit(experiment, living.parameters.get("config_digest")))
         if not state.is_completed():
             return stages.as_end(state)
         return stages.run_stages(project, experiment, versioning.STAGES)

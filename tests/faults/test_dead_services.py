@@ -21,9 +21,10 @@ from tasks import tracking
 from tasks.forwarder import follow, open_forwarder, tracking_lock
 from tasks.project import Project
 from tasks.versioning import STAGES
-from tests.end_to_end.conftest import DVC, GPT2, PREFECT, PYTHON, Clone, clone, contents, until, until_it_trains
+from tests.end_to_end.conftest import DVC, GPT2, PYTHON, Clone, clone, contents, until, until_it_trains
 from tests.faults.misbehaving import MODES, Misbehaving
-from tests.tasks.conftest import NAME, Server, free_port, make_project, wait_until_it_answers, write_config
+from tests.flows.prefect_server import PrefectServer
+from tests.tasks.conftest import NAME, Server, make_project, write_config
 from tests.tasks.test_forwarder import Training, points, told, wait_for
 
 __all__ = ["clone"]  # the fixture
@@ -226,33 +227,20 @@ def test_a_training_ends_the_same_whatever_becomes_of_mlflow(trainings: Clone, m
     trainings.environment["MLFLOW_TRACKING_URI"] = mlflow.uri
 
 
-class PrefectServer:
-    """A real Prefect server."""
-
-    def __init__(self, clone: Clone) -> None:
-        self.clone = clone
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}/api"
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        self.process = self.clone.start(*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui")
-        wait_until_it_answers(f"{self.uri}/health", self.process)  # type: ignore[arg-type]
-
-    def kill(self) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def test_a_flow_ends_by_itself_whatever_becomes_of_prefect(trainings: Clone, mlflow: Server) -> None:
-    prefect = PrefectServer(trainings)
+@pytest.fixture
+def prefect(tmp_path: Path) -> Iterator[PrefectServer]:
+    prefect = PrefectServer(tmp_path / "prefect")
     prefect.start()
-    trainings.environment |= {"PREFECT_API_URL": prefect.uri, "MLFLOW_TRACKING_URI": mlflow.uri}
+    yield prefect
+    prefect.stop()
+
+
+def test_a_flow_ends_by_itself_whatever_becomes_of_prefect(trainings: Clone, mlflow: Server, prefect: PrefectServer) -> None:
+    trainings.environment |= {"PREFECT_API_URL": prefect.api, "MLFLOW_TRACKING_URI": mlflow.uri}
 
     restarted = trainings.start(*GPT2, "train", "restarted")
     until_it_trains(trainings, "restarted")
-    prefect.kill()
+    prefect.stop()
     time.sleep(1)
     prefect.start()
     assert restarted.wait(120) == 0, trainings.said_by(restarted)
@@ -261,10 +249,10 @@ def test_a_flow_ends_by_itself_whatever_becomes_of_prefect(trainings: Clone, mlf
 
     alone = trainings.start(*GPT2, "train", "alone")
     until_it_trains(trainings, "alone")
-    prefect.kill()
+    prefect.stop()
     assert alone.wait(180) == 0, trainings.said_by(alone)
     said = trainings.said_by(alone)
-    assert f"warning: Prefect at {prefect.uri} is gone" in said.splitlines()[-1]
+    assert f"warning: Prefect at {prefect.api} is gone" in said.splitlines()[-1]
     assert all(noise not in said for noise in ("Traceback", "EventsWorker", "Error logging"))
 
     del trainings.environment["PREFECT_API_URL"]

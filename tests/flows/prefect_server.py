@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -110,12 +109,3 @@ class Webhook:
         """No more."""
         self._server.shutdown()
         self._server.server_close()
-
-
-def until(true: Callable[[], Any], seconds: float = 60.0, what: str = "") -> Any:
-    """Wait until something holds, and return it."""
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what or true}"
-        time.sleep(0.2)
-    return value

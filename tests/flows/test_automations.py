@@ -17,7 +17,8 @@ from prefect.flows import Flow
 from prefect.states import Cancelling, Running
 
 from flows.automations import DEAD, FLOWS, crash_the_dead, ensure, watch
-from tests.flows.prefect_server import PrefectServer, until
+from tests.end_to_end.conftest import until
+from tests.flows.prefect_server import PrefectServer
 
 pytestmark = pytest.mark.slow
 

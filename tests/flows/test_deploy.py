@@ -24,7 +24,8 @@ from model.errors import EXIT_FAULT, EXIT_USER, UserError
 from tasks.news import standing
 from tasks.project import Project
 from tasks.recheck import Rotten
-from tests.flows.prefect_server import PrefectServer, Webhook, until
+from tests.end_to_end.conftest import until
+from tests.flows.prefect_server import PrefectServer, Webhook
 from tests.tasks.conftest import NAME, make_project
 from tests.tasks.test_news import write
 

@@ -12,8 +12,8 @@ from flows.night_page import Night, line, page
 from model.errors import EXIT_FAULT
 from tasks.news import Champion, News
 from tasks.recheck import Rechecked, Rotten
-from tests.end_to_end.conftest import DVC, PYTHON, Clone, clone  # noqa: F401 (a fixture)
-from tests.flows.prefect_server import PrefectServer, until
+from tests.end_to_end.conftest import DVC, PYTHON, Clone, clone, until  # noqa: F401 (a fixture)
+from tests.flows.prefect_server import PrefectServer
 
 FIRST, SECOND = Champion("d1", "step_00000010", "the first"), Champion("d2", "step_00000020", "better in 0.1 bits")
 ROTTEN = Rotten("step_00000010", "d1", "/storage", "step_00000010/model.safetensors is missing", "push it: gpt2 sync small")
