@@ -347,19 +347,19 @@ class Mirror:
 
     def _remove_older_tokens(self) -> None:
         """Our newest is whole there: the older tokens' copies have served, unless another machine had come further, or has what never was
-        here."""
+        here. Half a copy, of a machine that died or was paused, counts for nothing."""
         assert self.lease is not None
         assert self.lease.token is not None
         self.lease.check()
         fs, root = open_place(self.url)
         older = [token for token in _tokens(fs, root) if token < self.lease.token]
-        here = {checkpoint.name for checkpoint in self._own_checkpoints()}
-        served = set(self._copied.values()) | (self._seen - here)
+        here = {checkpoint.name: checkpoint.step for checkpoint in self._own_checkpoints()}
+        served = set(self._copied.values()) | (self._seen - set(here))
         kept = []
         for token in older:
-            holder, names = read_holder(fs, root, token), _names(fs, f"{root}/{_token(token)}")
+            holder, names = read_holder(fs, root, token), _copies(fs, f"{root}/{_token(token)}")
             ours = holder is None or self._is_this_folder(holder)
-            if ours or served.issuperset(names):
+            if ours or not any(name not in served and self._is_missed(name, here.values()) for name in names):
                 _remove_token(fs, f"{root}/{_token(token)}")
             else:
                 kept.append(token)

@@ -183,7 +183,7 @@ def test_a_paused_one_that_wakes_after_it_was_taken_over_writes_no_more(clones: 
     until(lambda: "sign of life" in b.said(), patient, b)
     began = time.monotonic()
     assert end(patient) == 75
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 15, "it does not wait for the lease to expire"
 
     second = b.start(GPT2_HOST="machine-b", GPT2_LEASE_S="2")
     until(lambda: clones.copies(2) and not clones.copies(1), second, b)

@@ -52,8 +52,8 @@ class PrefectServer:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def stop(self) -> None:
-        """For good."""
-        if self.process is not None:
+        """For good. Twice is no fault."""
+        if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 

@@ -88,15 +88,13 @@ def test_the_round_does_all_there_is_to_do_and_fails_for_rot(trained: Clone, ser
     assert str(rotten) in report["data"], "the cure names it"
     assert "- **again**: " in report["data"]
 
+    resource = f"gpt2.checkpoint.{champion['digest']}"
+
     def told() -> dict[str, dict[str, str]]:
-        events = server.ask("events/filter", {"filter": {"event": {"prefix": ["gpt2."]}}})["events"]
+        events = server.ask("events/filter", {"filter": {"event": {"prefix": ["gpt2."]}, "resource": {"id": [resource]}}})["events"]
         return {event["event"]: event["resource"] for event in events}
 
-    of = {
-        "gpt2.experiment": "quickstart",
-        "gpt2.checkpoint": champion["name"],
-        "prefect.resource.id": f"gpt2.checkpoint.{champion['digest']}",
-    }
+    of = {"gpt2.experiment": "quickstart", "gpt2.checkpoint": champion["name"]}
     until(lambda: set(told()) >= {"gpt2.champion.moved", "gpt2.checkpoint.rotten"}, 30, "both events")
     assert told()["gpt2.champion.moved"].items() >= of.items()
     assert told()["gpt2.checkpoint.rotten"].items() >= of.items()

@@ -29,7 +29,7 @@ On = Callable[[str], Lease]
 @pytest.fixture(params=["folder", "memory://"])
 def on(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     """Gives the lease as a clone on a host of that name sees it; all clones have one storage."""
-    monkeypatch.setattr(lease, "TTL_S", 0.4)
+    monkeypatch.setattr(lease, "TTL_S", 1.0)
     base = str(tmp_path / "disk") if request.param == "folder" else f"memory://bucket-{uuid.uuid4().hex}"
 
     def lease_on(host: str) -> Lease:
@@ -42,6 +42,12 @@ def on(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
     yield lease_on
     fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def long_lease(on: On, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a sign of life is late."""
+    monkeypatch.setattr(lease, "TTL_S", 60.0)
 
 
 @pytest.fixture
@@ -75,13 +81,14 @@ def dead(held: Lease) -> Lease:
     return dataclasses.replace(held, holder=dataclasses.replace(held.holder, pid=process.pid))
 
 
+@pytest.mark.usefixtures("long_lease")
 def test_the_first_one_has_it_at_once(on: On) -> None:
     held = on("a")
     began = time.monotonic()
     held.take()
     assert held.token == 1
     held.renew()
-    assert time.monotonic() - began < lease.TTL_S
+    assert time.monotonic() - began < 10
 
 
 def test_while_its_holder_lives_a_second_one_is_refused_and_told_who_and_since_when(on: On, kept: Any) -> None:
@@ -94,6 +101,7 @@ def test_while_its_holder_lives_a_second_one_is_refused_and_told_who_and_since_w
     assert held.lost is None
 
 
+@pytest.mark.usefixtures("long_lease")
 def test_what_was_given_back_is_taken_at_once(on: On, kept: Any) -> None:
     held = on("a")
     held.take()
@@ -103,25 +111,27 @@ def test_what_was_given_back_is_taken_at_once(on: On, kept: Any) -> None:
     second = on("b")
     second.take()
     assert second.token == 2
-    assert time.monotonic() - began < lease.TTL_S
+    assert time.monotonic() - began < 10
 
 
+@pytest.mark.usefixtures("long_lease")
 def test_from_a_dead_process_of_this_machine_it_is_taken_at_once(on: On) -> None:
     dead(on("a")).take()
     began = time.monotonic()
     second = on("a")
     second.take()
     assert second.token == 2
-    assert time.monotonic() - began < lease.TTL_S
+    assert time.monotonic() - began < 10
 
 
+@pytest.mark.usefixtures("long_lease")
 def test_a_process_that_has_a_dead_ones_number_is_not_taken_for_it(on: On) -> None:
     held = on("a")
     held.holder = dataclasses.replace(held.holder, started=held.holder.started - 1000)
     held.take()
     began = time.monotonic()
     on("a").take()
-    assert time.monotonic() - began < lease.TTL_S
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("another", ["host", "machine"])
@@ -183,24 +193,27 @@ def test_of_two_that_wait_for_a_dead_one_only_one_gets_it(on: On) -> None:
     assert held[0].lost is None
 
 
-def contend_for(url: str, held: Lease, barrier: Any, won: Any) -> None:
-    fs, root = open_place(url)
+def contend_for(root: Path, host: str, barrier: Any, won: Any) -> None:
+    os.environ["GPT2_HOST"] = host
+    held = Lease.of(Project(root), NAME)
+    fs, folder = open_place(held.url)
     barrier.wait()
     for token in range(1, 101):
-        if held._create(fs, root, token):
+        if held._create(fs, folder, token):
             won.put((token, held.holder.id))
 
 
 @pytest.mark.parametrize("on", ["folder"], indirect=True)
-def test_processes_that_race_for_a_token_never_get_the_same(on: On) -> None:
-    context = multiprocessing.get_context("fork")
+def test_processes_that_race_for_a_token_never_get_the_same(on: On, tmp_path: Path) -> None:
+    """Fresh processes: a fork of this one would have what other tests left running in it, without its threads."""
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
     barrier, won = context.Barrier(3), context.SimpleQueue()
     leases = [on(host) for host in "abc"]
-    processes = [context.Process(target=contend_for, args=(each.url, each, barrier, won)) for each in leases]
+    processes = [context.Process(target=contend_for, args=(tmp_path / host, host, barrier, won)) for host in "abc"]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(120)
         assert process.exitcode == 0
     winners = []
     while not won.empty():

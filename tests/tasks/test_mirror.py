@@ -327,6 +327,23 @@ def test_what_another_machine_had_further_is_not_removed(
     assert "token_00000001" not in entries(fs, root)
 
 
+def test_half_a_copy_of_another_machine_keeps_nothing(project: Project, of_another_host: Callable[[], None]) -> None:
+    """It was paused while it copied an older one after its newest."""
+    older, newest = seal(project, 10), seal(project, 20)
+    paused = mirror_of(project)
+    assert paused._copy(newest)
+    fs, folder = own_place(paused)
+    fs.makedirs(f"{folder}/{older.name}", exist_ok=True)
+    fs.put_file(str(older.path / MODEL), f"{folder}/{older.name}/{MODEL}")
+    another_machine(project)
+    of_another_host()
+    kept = mirror_of(project)
+    assert mirror.bring_back(project, NAME) is not None
+    assert kept.copy_new() == [newest.name]
+    fs, root = open_place(kept.url)
+    assert "token_00000001" not in entries(fs, root)
+
+
 def test_a_damaged_checkpoint_here_makes_room_for_its_copy(project: Project) -> None:
     good = seal(project, 20)
     mirror_of(project).copy_new()
