@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import yaml
 from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.training.journal import Event, read_all
+from tests.flows.prefect_server import ask
 from tests.tasks.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -220,10 +220,7 @@ class Services:
         return found
 
     def ask(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.clone.environment['PREFECT_API_URL']}/{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
+        return ask(f"{self.clone.environment['PREFECT_API_URL']}/{path}", body)
 
     def worker(self, pool: str) -> psutil.Process:
         below = psutil.Process(self.desk.pid).children(recursive=True)

@@ -59,23 +59,28 @@ class PrefectServer:
 
     def ask(self, path: str, body: Any = None) -> Any:
         """A POST of `body`, or a GET."""
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Basic {b64encode(self.auth.encode()).decode()}"} if self.auth else {}
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.api}/{path}", data, headers)
-        for _ in range(20):
-            try:
-                with urllib.request.urlopen(request, timeout=90) as answer:
-                    return json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                if error.code != 503:  # SQLite is busy: Prefect's own client tries again, too
-                    raise
-                time.sleep(0.5)
-        raise AssertionError(f"{path}: Prefect's database stays busy")
+        return ask(f"{self.api}/{path}", body, self.auth)
 
     def state(self, flow_run_id: str) -> str:
         """The name of a flow run's state."""
         return str(self.ask(f"flow_runs/{flow_run_id}")["state"]["name"])
+
+
+def ask(url: str, body: Any = None, auth: str | None = None) -> Any:
+    """What a Prefect server answers to a POST of `body`, or to a GET."""
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Basic {b64encode(auth.encode()).decode()}"} if auth else {}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
+    for _ in range(20):
+        try:
+            with urllib.request.urlopen(request, timeout=90) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            if error.code != 503:  # SQLite is busy: Prefect's own client tries again, too
+                raise
+            time.sleep(0.5)
+    raise AssertionError(f"{url}: Prefect's database stays busy")
 
 
 class Webhook:
