@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from model import disk
-from model.checkpoint.store import Checkpoint, CheckpointStore
+from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole
 from model.config import RunConfig
 from model.errors import UserError
 from model.training.journal import Event, read_current
@@ -40,7 +40,7 @@ def checkpoint_register(project: Project, name: str) -> None:
     """Register what is not registered yet, oldest first, and write `registered.json`.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or one that is not registered yet is damaged.
     """
     folder = project.run_folder(name)
     checkpoints = CheckpointStore(folder.checkpoints).checkpoints()
@@ -61,7 +61,10 @@ def checkpoint_register(project: Project, name: str) -> None:
             if found:
                 version, model_id = found.version, found.model_id
             else:
-                version, model_id = _register(client, project, name, checkpoint, config, run_id, validations.get(checkpoint.step))
+                try:
+                    version, model_id = _register(client, project, name, checkpoint, config, run_id, validations.get(checkpoint.step))
+                except NotWhole as damaged:
+                    raise UserError(f"{damaged}; bring it back (dvc checkout, dvc pull), or remove {checkpoint.path}") from None
             if found and IDENTITY_TAG not in found.tags:  # registered before there was this tag
                 tracking.tag_version(client, name, version, {IDENTITY_TAG: config.data_identity})
             print(f"{checkpoint.name}  version {version}{'' if found else '  (new)'}", flush=True)

@@ -297,7 +297,7 @@ class Mirror:
     def _is_ours(self, checkpoint: Checkpoint) -> bool:
         try:
             return bool(checkpoint.state()["config_digest"] == self.config.digest)
-        except (OSError, ValueError, KeyError):
+        except (NotWhole, KeyError):
             return False
 
     def _is_this_folder(self, holder: Holder) -> bool:

@@ -36,6 +36,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 _NAME = re.compile(r"step_(\d{8})")
+_OTHER_BYTES = "its bytes are not the ones that were written (SHA-256 differs)"
 
 
 class NotWhole(Exception):
@@ -63,14 +64,18 @@ class Checkpoint:
         return step_of(self.name)
 
     def state(self) -> dict[str, Any]:
-        """The contents of state.json.
+        """The contents of state.json, every byte of which is compared with the manifest: what it says is acted upon.
 
         Raises:
-            NotWhole: they are not a JSON object.
+            NotWhole: they are not what was written, or not a JSON object.
         """
         try:
-            state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            written = unsealed((self.path / MANIFEST).read_bytes().decode())["files"][STATE]["sha256"]
+            content = (self.path / STATE).read_bytes()
+            if hashlib.sha256(content).hexdigest() != written:
+                raise NotWhole(f"{self.name}/{STATE}: {_OTHER_BYTES}")
+            state = json.loads(content)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise NotWhole(f"{self.name}/{STATE} cannot be read: {error}") from None
         if not isinstance(state, dict):
             raise NotWhole(f"{self.name}/{STATE} is not the state of a training")
@@ -90,7 +95,7 @@ class Checkpoint:
             found = threads.map(lambda name: _sha256(self.path / name), files)
         for name, digest in zip(files, found, strict=True):
             if digest != files[name]["sha256"]:
-                raise NotWhole(f"{self.name}/{name}: its bytes are not the ones that were written (SHA-256 differs)")
+                raise NotWhole(f"{self.name}/{name}: {_OTHER_BYTES}")
         for name in (MODEL, OPTIMIZER):
             try:
                 with safe_open(self.path / name, "numpy"):
@@ -245,7 +250,7 @@ class CheckpointStore:
             entries = {name: _write(partial / name, pieces) for name, pieces in files.items()}
             manifest = sealed(_contents(entries)).encode()
             if digest not in (None, hashlib.sha256(manifest).hexdigest()):
-                raise NotWhole(f"{place.name}: its bytes are not the ones that were written (SHA-256 differs)")
+                raise NotWhole(f"{place.name}: {_OTHER_BYTES}")
             _write(partial / MANIFEST, [manifest])
             disk.fsync(partial)
             before_sealing()

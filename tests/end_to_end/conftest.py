@@ -203,8 +203,14 @@ class Services:
 
     def flow_run(self, experiment: str) -> str:
         """Start `train-gpt2/<experiment>`; the id of the run."""
-        out = self.clone.run(*PREFECT, "deployment", "run", f"train-gpt2/{experiment}").stdout
-        return out.split("UUID:")[1].split()[0]
+        return self._run(f"train-gpt2/{experiment}")
+
+    def watched(self, deployment: str) -> str:
+        """Start a deployment and wait for the end of the run, which has to complete; its id."""
+        return self._run(deployment, "--watch")
+
+    def _run(self, *arguments: str) -> str:
+        return self.clone.run(*PREFECT, "deployment", "run", *arguments).stdout.split("UUID:")[1].split()[0]
 
     def state(self, flow_run_id: str) -> str:
         return str(self.ask(f"flow_runs/{flow_run_id}")["state"]["name"])

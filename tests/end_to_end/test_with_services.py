@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from model.errors import EXIT_FAULT
 from tasks.versioning import STAGES
-from tests.end_to_end.conftest import DVC, PREFECT, Clone, Services, until, until_it_trains, until_left
+from tests.end_to_end.conftest import DVC, Clone, Services, until, until_it_trains, until_left
 from tools.screenshots import SHOTS, NoBrowser, Pages, choices, field, new_page, open_browser
 
 pytestmark = pytest.mark.slow
@@ -35,8 +35,7 @@ def test_everything_is_deployed(services: Services) -> None:
 
 
 def test_a_deployed_run_completes_and_dvc_has_nothing_left_to_do(clone: Clone, services: Services) -> None:
-    watched = clone.run(*PREFECT, "deployment", "run", "train-gpt2/quickstart", "--watch")
-    flow_run_id = watched.stdout.split("UUID:")[1].split()[0]
+    flow_run_id = services.watched("train-gpt2/quickstart")
     assert services.state(flow_run_id) == "Completed"
     states = services.task_states(flow_run_id)
     training = services.training("quickstart")
@@ -133,10 +132,17 @@ def test_prefects_form_shows_docs_choices_and_bounds_and_refuses_a_bad_value(ser
     options.last.click()
     field(page, "Learning Rate").locator("input").fill("0.001")
     choices(page, "Cache").first.click()
-    page.route("**/create_flow_run", lambda route: route.abort())
-    with page.expect_request("**/create_flow_run") as sent:
+    asked: list[Request] = []
+
+    def refuse(route: Route) -> None:
+        asked.append(route.request)
+        route.abort()
+
+    page.route("**/create_flow_run", refuse)
+    with page.expect_event("requestfailed", lambda request: request in asked):  # a page that is left before would still send it
         page.get_by_role("button", name="Submit").click()
-    overrides = sent.value.post_data_json["parameters"]["overrides"]
+    overrides = asked[0].post_data_json["parameters"]["overrides"]
+    assert services.ask("flow_runs/count", trainings) == before
     assert overrides == {"data": {"cache": True}, "training": {"optimizer": "muon", "learning_rate": 0.001}}, "only what was filled in"
 
 
@@ -163,18 +169,14 @@ def test_mlflows_registry_shows_a_version_for_each_checkpoint_and_the_champion(c
         expect(row.get_by_role("status", name="champion", exact=True)).to_have_count(int(checkpoint["champion"]))
 
 
-def test_the_second_run_skips_every_stage(clone: Clone, services: Services) -> None:
-    clone.run(*PREFECT, "deployment", "run", "train-gpt2/quickstart", "--watch")
-    newest = services.ask(
-        "flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    )[0]
-    assert services.task_states(newest["id"]) == dict.fromkeys(TASKS, "Cached") | dict.fromkeys(AT_THE_END, "Completed")
+def test_the_second_run_skips_every_stage(services: Services) -> None:
+    states = services.task_states(services.watched("train-gpt2/quickstart"))
+    assert states == dict.fromkeys(TASKS, "Cached") | dict.fromkeys(AT_THE_END, "Completed")
 
 
 def test_the_nightly_run_evaluates_what_has_checkpoints(clone: Clone, services: Services) -> None:
     before = clone.folder("quickstart").scores.read_bytes()
-    watched = clone.run(*PREFECT, "deployment", "run", "re-evaluate/nightly", "--watch")
-    run = services.ask(f"flow_runs/{watched.stdout.split('UUID:')[1].split()[0]}")
+    run = services.ask(f"flow_runs/{services.watched('re-evaluate/nightly')}")
     assert (run["state"]["name"], run["state"]["message"]) == ("Completed", "evaluated: quickstart")
     assert clone.folder("quickstart").scores.read_bytes() == before
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint.store import MODEL, CheckpointStore, NotWhole
+from model.checkpoint.store import MODEL, STATE, CheckpointStore, NotWhole
 from model.errors import UserError
 from model.generation import answer
 from model.huggingface import load_model
@@ -192,6 +192,13 @@ def test_a_damaged_checkpoint_is_never_loaded(project: Project) -> None:
     flip_a_bit(checkpoint.path / MODEL)
     with pytest.raises((FileNotFoundError, MlflowException), match="SHA-256 differs"):
         load(project, f"models:/{NAME}/1")
+
+
+def test_a_checkpoint_whose_state_is_damaged_is_refused_with_the_cure(project: Project) -> None:
+    checkpoint = write_checkpoint(project, 10)
+    flip_a_bit(checkpoint.path / STATE)
+    with pytest.raises(UserError, match=r"step_00000010/state.json: its bytes are not .*bring it back \(dvc checkout"):
+        register(project)
 
 
 def test_another_place_can_be_named_when_loading(project: Project, tmp_path: Path) -> None:

@@ -327,6 +327,13 @@ def test_what_another_machine_had_further_is_not_removed(
     assert "token_00000001" not in entries(fs, root)
 
 
+def test_a_checkpoint_whose_state_is_damaged_keeps_no_other_from_being_copied(project: Project) -> None:
+    damaged, whole = seal(project, 10), seal(project, 20)
+    state = damaged.path / STATE
+    state.write_bytes(state.read_bytes().replace(b"10", b"1x"))
+    assert mirror_of(project).copy_new() == [whole.name]
+
+
 def test_half_a_copy_of_another_machine_keeps_nothing(project: Project, of_another_host: Callable[[], None]) -> None:
     """It was paused while it copied an older one after its newest."""
     older, newest = seal(project, 10), seal(project, 20)

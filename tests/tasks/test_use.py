@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from model import disk
-from model.checkpoint.store import MODEL, Checkpoint, open_checkpoint
+from model.checkpoint.store import FILES, MODEL, STATE, Checkpoint, CheckpointStore, open_checkpoint
 from model.errors import UserError
 from model.generation import answer
 from model.gpt2 import GPT2
@@ -39,6 +39,14 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def checkpoint_of(project: Project, step: int) -> Checkpoint:
     return open_checkpoint(project.run_folder(NAME).checkpoints / f"step_{step:08d}")
+
+
+def resealed(checkpoint: Checkpoint, state: dict[str, Any]) -> Checkpoint:
+    """The same weights with another state."""
+    contents = {name: (checkpoint.path / name).read_bytes() for name in FILES}
+    shutil.rmtree(checkpoint.path)
+    pieces = {name: [content] for name, content in contents.items()}
+    return CheckpointStore(checkpoint.path.parent).write(checkpoint.step, pieces | {STATE: [json.dumps(state).encode()]})
 
 
 def write_scores(project: Project, champion: Checkpoint, **row: Any) -> None:
@@ -256,8 +264,7 @@ def test_a_dataset_of_the_hub_is_linked_with_its_license(here: Project) -> None:
     checkpoint = checkpoint_of(here, 10)
     state = checkpoint.state()
     state["config"]["data"]["path"], state["config"]["dataset"]["revision"] = "PleIAs/SYNTH", "abc123"
-    (checkpoint.path / "state.json").write_text(json.dumps(state))
-    fields = front_matter(model_card.model_card(checkpoint))
+    fields = front_matter(model_card.model_card(resealed(checkpoint, state)))
     assert fields["datasets"] == ["PleIAs/SYNTH"]
     assert fields["license_link"] == "https://huggingface.co/datasets/PleIAs/SYNTH"
 
@@ -267,8 +274,7 @@ def test_what_a_config_says_stays_in_its_cell(here: Project, hostile: str) -> No
     checkpoint = checkpoint_of(here, 10)
     state = checkpoint.state()
     state["config"]["data"]["filter"] = hostile
-    (checkpoint.path / "state.json").write_text(json.dumps(state))
-    card = model_card.model_card(checkpoint)
+    card = model_card.model_card(resealed(checkpoint, state))
     (line,) = [line for line in card.splitlines() if line.startswith("| filter")]
     assert len(re.findall(r"(?<!\\)\|", line)) == 3
     assert " ".join(hostile.split()).replace("|", "\\|") in line

@@ -40,6 +40,15 @@ def test_what_is_written_is_there_whole(store):
     assert store.newest_whole(pytest.fail) == checkpoint
 
 
+def test_a_state_is_what_was_written_or_none(store):
+    checkpoint = store.write(10, files("first"))
+    assert checkpoint.state() == {"content": "first"}
+    state = checkpoint.path / STATE
+    state.write_bytes(state.read_bytes().replace(b"first", b"fisst"))
+    with pytest.raises(NotWhole, match=f"step_00000010/{STATE}: its bytes are not the ones that were written"):
+        checkpoint.state()
+
+
 def test_equal_bytes_have_equal_digests_wherever_they_lie(store, tmp_path):
     other = CheckpointStore(tmp_path / "other")
     assert store.write(10, files()).digest == other.write(10, files()).digest

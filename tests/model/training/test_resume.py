@@ -86,6 +86,16 @@ def test_what_may_change_goes_on(finished, fields):
     assert not folder.aside.exists()
 
 
+def test_a_flipped_bit_in_a_recorded_configuration_is_damage_and_no_other_configuration(finished):
+    folder = unfinished(finished)
+    state = folder.checkpoints / "step_00000040" / "state.json"
+    digest = read_run(folder)[0].dataset.digest
+    state.write_text(state.read_text().replace(digest, digest[:-1] + ("0" if digest[-1] != "0" else "1")))
+    start = find_start(folder, read_run(folder)[0], None)
+    assert start.checkpoint.name == "step_00000030"
+    assert [kind for kind, message in start.messages if "step_00000040/state.json" in message] == ["checkpoint"]
+
+
 def test_fewer_steps_than_were_taken_are_refused_until_the_run_is_finished(finished):
     fewer = {"training": {"max_steps": 20}, "total_steps": 20}
     with pytest.raises(UserError, match=r"training.max_steps: 20, but finished has taken 40 steps"):
