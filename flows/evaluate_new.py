@@ -8,7 +8,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows import on_gpu, showing
 from flows.automations import tell_champion
-from flows.ending import ends_by_itself
+from flows.ending import ends_by_itself, under_a_worker
 from flows.stop import STOP
 from model.errors import Stopped, UserError
 from tasks import beside
@@ -28,6 +28,8 @@ def evaluate_new(experiment: str) -> State[Any]:
         experiment: its name in params.yaml; a new checkpoint of it asked for this run.
     """
     project, logger = find_project(), get_run_logger()
+    if under_a_worker():
+        beside.stand_back()
     scored: dict[str, int] = {}
     failed: dict[str, str] = {}
     more = True

@@ -22,14 +22,15 @@ PROGRAMS = ("tasks.checkpoint_register", "tasks.evaluate_each_checkpoint")
 TRIES = 3
 """Checkpoints come and, by `checkpoint.keep_last`, go meanwhile."""
 STOPS_WITHIN_S = 10.0
-NICENESS = 10
+NICENESS = 19
+"""The least there is: what a training on the same processors leaves over."""
 
 
 def evaluate_new(project: Project, name: str, *, on_line: Callable[[str], None], stop: threading.Event) -> list[str]:
     """Register and score the checkpoints that are not; returns the names of those that are scored now and were not before. A clone that has
     none of them takes the copies in the storage.
 
-    The programs run at a low priority: a training on the same machine comes first.
+    The programs run at the lowest priority: a training on the same machine comes first.
 
     Raises:
         UserError: there is no such experiment, or its user made a mistake.
@@ -54,6 +55,11 @@ def evaluate_new(project: Project, name: str, *, on_line: Callable[[str], None],
     return sorted(missing - _unscored(project, name))
 
 
+def stand_back(pid: int | None = None) -> None:
+    """Give a process (by default this one) the lowest priority."""
+    psutil.Process(pid).nice(getattr(psutil, "IDLE_PRIORITY_CLASS", NICENESS))  # the former on Windows
+
+
 def _whole(project: Project, name: str) -> set[str]:
     return {row["name"] for row in checkpoint_list(project, name) if row["whole"]}
 
@@ -66,7 +72,7 @@ def _run(project: Project, program: str, name: str, on_line: Callable[[str], Non
     """Run a stage's program to its end; what went wrong."""
     process = start_apart(project.root, program, name)
     try:
-        psutil.Process(process.pid).nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICENESS))  # the former on Windows
+        stand_back(process.pid)
         lines: list[str] = []
         reader = threading.Thread(target=_pump, args=(process, lines, on_line), daemon=True)
         reader.start()

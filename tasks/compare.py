@@ -21,7 +21,8 @@ from tasks.project import Project, read_json
 from tasks.use import pick_checkpoint
 
 if TYPE_CHECKING:
-    from model.evaluation.scoring import EvaluationSet, Scores
+    from model.evaluation.scores import Scores
+    from model.evaluation.scoring import EvaluationSet
 
 Item = dict[str, Any]
 ITEM_FIGURES: dict[str, tuple[Callable[[Item], float | None], str | None]] = {

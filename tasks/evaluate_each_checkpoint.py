@@ -24,7 +24,8 @@ from model.device import pick_device
 from model.errors import UserError
 from model.evaluation.comparison import Evidence, Verdict
 from model.evaluation.score_store import score_each, stored_scores
-from model.evaluation.scoring import EVALUATION_VERSION, EvaluationSet, Scores, evaluation_set, score
+from model.evaluation.scores import Scores
+from model.evaluation.scoring import EVALUATION_VERSION, EvaluationSet, evaluation_set, score
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.journal import read_current

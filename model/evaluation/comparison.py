@@ -15,7 +15,7 @@ import numpy as np
 from model.evaluation.intervals import Interval, clustered
 
 if TYPE_CHECKING:
-    from model.evaluation.scoring import Scores
+    from model.evaluation.scores import Scores
 
 FORMAT_MARGIN = 0.05
 """How much worse a challenger's format adherence may be (share of the questions, the point estimate).

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from model import disk
 from model.digest import sealed, unsealed
 from model.errors import Stopped
-from model.evaluation.scoring import Scores
+from model.evaluation.scores import Scores
 
 SECONDS_BETWEEN_LOOKS = 0.1
 """How soon an evaluator looks again whether what another one is at is done."""

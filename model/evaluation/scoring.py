@@ -21,6 +21,7 @@ from model.evaluation.intervals import clustered
 from model.evaluation.items import DISTRACTORS, Item, Template, make_items
 from model.evaluation.likelihood import continuation_bits, exact_fp32
 from model.evaluation.questions import Graded, ask, grade
+from model.evaluation.scores import Scores
 from model.gpt2 import GPT2
 from model.huggingface import load_model
 from model.stream.manifest import DatasetManifest
@@ -69,21 +70,6 @@ def evaluation_set(config: RunConfig, manifest: DatasetManifest, settings: Evalu
             raise UserError("data.train_ratio: what is left for validation is too little to be scored on; lower it, or use more samples")
         items += make_items(rows, config.data, half)
     return EvaluationSet(items, config.data.text_template, settings)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A checkpoint's summary and, per item, what it comes from."""
-
-    summary: dict[str, float]
-    """Of the reporting half."""
-    intervals: dict[str, tuple[float, float]]
-    """95 %, clustered by article, of the summary's means and ratios, within what is possible; none where all items are of one article. Of
-    shares that are 0 or 1 it is the exact one, as of so many observations as there are articles."""
-    items: list[dict[str, Any]]
-    """One row an item, both halves."""
-    samples: list[dict[str, str]]
-    """`prompt` and `text`: what it writes after each of the settings' prompts."""
 
 
 def score(checkpoint: Checkpoint, items: EvaluationSet, device: torch.device) -> Scores:

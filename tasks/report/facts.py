@@ -13,7 +13,7 @@ from model.checkpoint.store import MANIFEST
 from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation.score_store import stored_scores
-from model.evaluation.scoring import Scores
+from model.evaluation.scores import Scores
 from model.flops import flops_per_token
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder

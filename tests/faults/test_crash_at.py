@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from model.evaluation.score_store import store_scores, stored_scores
-from model.evaluation.scoring import Scores
+from model.evaluation.scores import Scores
 from tests.faults.conftest import said, wait_for_event
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -21,7 +21,7 @@ import pytest
 from model.digest import checked_line
 from model.errors import UserError
 from model.evaluation.score_store import store_scores
-from model.evaluation.scoring import Scores
+from model.evaluation.scores import Scores
 from model.params import parse_overrides
 from tasks import tracking
 from tasks.project import Project

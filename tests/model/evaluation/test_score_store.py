@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.errors import Stopped
 from model.evaluation.likelihood import continuation_bits
 from model.evaluation.score_store import claim, score_each, store_scores, stored_scores
-from model.evaluation.scoring import Scores
+from model.evaluation.scores import Scores
 from model.gpt2 import GPT2
 
 PROCESSES = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
