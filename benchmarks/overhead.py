@@ -3,9 +3,10 @@ machine.
 
     python -m benchmarks.overhead               # half an hour; in a checkout, whose tests have the servers
     python -m benchmarks.overhead --minutes 1   # a quick look
+    python -m benchmarks.overhead --threads 2   # where the trainer takes both of two cores: then whatever else runs is paid for twice
 
 A Prefect server, an MLflow server and a worker of each pool are up all the while. The network is the quickstart's, the corpus generated,
-the number of steps such that the bare trainer takes `--minutes`. The bare trainer talks to nobody; "stages" are the four programs of
+the number of steps such that the bare trainer takes `--minutes`; it leaves a core for everything else, as one on a GPU does. The bare trainer talks to nobody; "stages" are the four programs of
 dvc.yaml one after the other, without Prefect and without DVC, MLflow included: what of the flow's time is its own work, and what is
 orchestration.
 """
@@ -39,9 +40,11 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="that the bare trainer takes (5)")
+    spare = max(1, (os.cpu_count() or 2) - 1)
+    parser.add_argument("--threads", type=int, default=spare, help=f"that the trainer computes with (all cores but one: {spare})")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        project = Setup(Path(home))
+        project = Setup(Path(home), options.threads)
         try:
             steps = round(PROBE_STEPS * options.minutes * 60 / project.seconds_of_steps(PROBE_STEPS))
             project.experiments(dict.fromkeys(WAYS, steps))
@@ -56,7 +59,7 @@ def main() -> None:
         finally:
             project.end()
     console = Console()
-    table = Table(title=f"{steps:,} steps, Prefect's and MLflow's servers up")
+    table = Table(title=f"{steps:,} steps, {options.threads} of {os.cpu_count()} cores, Prefect's and MLflow's servers up")
     for column in ("", "wall, s", "of bare", "of the stages"):
         table.add_column(column, justify="left" if not column else "right")
     names = {"bare": "the trainer alone", "stages": "the four stages' programs", "flow": "gpt2 train", "deployed": "deployed, two pools"}
@@ -69,7 +72,7 @@ def main() -> None:
 class Setup:
     """A clone with an experiment a way, the servers, and the workers."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, threads: int) -> None:
         from flows.clone import PROJECT
         from model.stream.quickstart import write_corpus
         from tests.flows.prefect_server import PrefectServer
@@ -88,6 +91,7 @@ class Setup:
             "DVC_SITE_CACHE_DIR": str(home / "dvc"),
             "DVC_NO_ANALYTICS": "1",
             PROJECT: str(self.root),
+            "OMP_NUM_THREADS": str(threads),
         }
         self.experiments({"probe": PROBE_STEPS})
         self._workers: list[subprocess.Popen[bytes]] = []
