@@ -6,9 +6,9 @@ machine.
     python -m benchmarks.overhead --threads 2   # where the trainer takes both of two cores: then whatever else runs is paid for twice
 
 A Prefect server, an MLflow server and a worker of each pool are up all the while. The network is the quickstart's, the corpus generated,
-the number of steps such that the bare trainer takes `--minutes`; it leaves a core for everything else, as one on a GPU does. The bare trainer talks to nobody; "stages" are the four programs of
-dvc.yaml one after the other, without Prefect and without DVC, MLflow included: what of the flow's time is its own work, and what is
-orchestration.
+the number of steps such that the bare trainer takes `--minutes`; it leaves a core for everything else, as one on a GPU does. The bare
+trainer talks to nobody; "stages" are the four programs of dvc.yaml one after the other, without Prefect and without DVC, MLflow included:
+what of the flow's time is its own work, and what is orchestration.
 """
 
 from __future__ import annotations

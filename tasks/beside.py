@@ -22,15 +22,15 @@ PROGRAMS = ("tasks.checkpoint_register", "tasks.evaluate_each_checkpoint")
 TRIES = 3
 """Checkpoints come and, by `checkpoint.keep_last`, go meanwhile."""
 STOPS_WITHIN_S = 10.0
-NICENESS = 19
-"""The least there is: what a training on the same processors leaves over."""
+NICENESS = 10
+"""A tenth of what a training on the same processors gets: enough to go on beside it. (At 19 it would stand still there.)"""
 
 
 def evaluate_new(project: Project, name: str, *, on_line: Callable[[str], None], stop: threading.Event) -> list[str]:
     """Register and score the checkpoints that are not; returns the names of those that are scored now and were not before. A clone that has
     none of them takes the copies in the storage.
 
-    The programs run at the lowest priority: a training on the same machine comes first.
+    The programs run at a low priority: a training on the same machine comes first.
 
     Raises:
         UserError: there is no such experiment, or its user made a mistake.
@@ -56,8 +56,8 @@ def evaluate_new(project: Project, name: str, *, on_line: Callable[[str], None],
 
 
 def stand_back(pid: int | None = None) -> None:
-    """Give a process (by default this one) the lowest priority."""
-    psutil.Process(pid).nice(getattr(psutil, "IDLE_PRIORITY_CLASS", NICENESS))  # the former on Windows
+    """Give a process (by default this one) a low priority."""
+    psutil.Process(pid).nice(getattr(psutil, "BELOW_NORMAL_PRIORITY_CLASS", NICENESS))  # the former on Windows
 
 
 def _whole(project: Project, name: str) -> set[str]:

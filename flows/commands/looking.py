@@ -124,6 +124,9 @@ def benchmark(
 
     Example: gpt2 benchmark --preset small --window 1024 --batch auto --compile
     """
+    from model.libraries import prepare_libraries
+
+    prepare_libraries()
     with Console(stderr=True).status("measuring"):
         from flows.plan_page import print_measurements
         from tasks.machine_benchmark import measure

@@ -27,6 +27,7 @@ from model.errors import (
     TooManyBadSteps,
     UserError,
 )
+from model.libraries import prepare_libraries
 from model.stop import StopRequest  # what is imported here is imported before a signal can be heard: little
 
 if TYPE_CHECKING:
@@ -36,14 +37,6 @@ if TYPE_CHECKING:
 _LAUNCHED = "RANK" in os.environ
 """torch's elastic launcher started this process: it is one rank."""
 
-_FOR_LIBRARIES = {
-    # OpenMP's threads soon sleep while they wait for each other: spinning for long, they take the core from the one that they wait for
-    # as soon as anything else runs here.
-    "GOMP_SPINCOUNT": "1000",
-    "THP_MEM_ALLOC_ENABLE": "1",  # torch asks the system for huge pages: a fifth of a small network's time were page faults
-}
-"""Unless the environment says otherwise. Neither changes a result; figures in docs/experiments.md. They are read when torch is imported."""
-
 _DISK_SAYS_NO = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -51,7 +44,7 @@ def main() -> int:
     """Train the run in the folder given; returns the exit code."""
     stop = StopRequest()
     stop.on_signals()
-    os.environ.update({**_FOR_LIBRARIES, **os.environ})
+    prepare_libraries()
     parser = argparse.ArgumentParser(prog="python -m model.training", description="Train the run in RUN_FOLDER, or go on with it.")
     parser.add_argument("run_folder", type=Path)
     parser.add_argument(
