@@ -38,14 +38,14 @@ quickstart: $(VENV)/.installed ## train, register and evaluate a tiny GPT-2 on t
 services: $(VENV)/.installed ## Prefect and MLflow with their pages, and two workers; Ctrl-C ends all. OPTIONS="--host …"
 	@exec $(BIN)/gpt2 services $(OPTIONS)
 
-check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: under two minutes
+check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: two to three minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" -q
 
-test: $(VENV)/.installed-dev ## every check and every test: under twenty-five minutes
+test: $(VENV)/.installed-dev ## every check and every test: half an hour on two cores
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -12,6 +12,7 @@ from benchmarks import checkpoint
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_every_contestant_is_measured_and_only_ours_finds_a_flipped_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "in_own_process", lambda module, task, env: checkpoint.turn(**task))  # torch is imported once only
     options = ["--preset", "nano", "--repeat", "1", "--threads", "1", "--folder", str(tmp_path)]

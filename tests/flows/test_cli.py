@@ -237,6 +237,7 @@ def test_what_an_experiment_will_take(project: Project, gpt2: Callable[..., Answ
     assert files(project.root) == before
 
 
+@pytest.mark.slow
 def test_how_fast_this_machine_trains(gpt2: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ("benchmark", "--preset", "nano", "--window", "16", "--batch", "2", "--seconds", "0.1")

@@ -163,6 +163,7 @@ def test_a_wrong_password_is_one_line(server: PrefectServer, project: Project) -
     assert "another password" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_user_may_get_wrong_is_one_line(project: Project, tmp_path: Path) -> None:
     unset = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_PROFILE", "GPT2_ALERT_WEBHOOK")
     environment = {key: value for key, value in os.environ.items() if key not in unset}

@@ -101,6 +101,7 @@ def test_a_second_ctrl_c_ends_them_at_once(folder: Path) -> None:
     assert started.left() == []
 
 
+@pytest.mark.slow
 def test_a_killed_desk_leaves_nothing_behind(folder: Path) -> None:
     started = Started(folder, "ready", "asked+ready")
     started.until_ready()

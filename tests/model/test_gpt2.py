@@ -158,6 +158,7 @@ def test_bf16_autocast_keeps_the_loss_and_the_gradients_in_fp32():
     assert all(gradient.dtype == torch.float32 for gradient in rounded[1].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_whole_model_compiles_into_one_graph(dropout):
     """`fullgraph` refuses a graph break; "aot_eager" is torch.compile without the C++ compiler."""

@@ -29,7 +29,7 @@ On = Callable[[str], Lease]
 @pytest.fixture(params=["folder", "memory://"])
 def on(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     """Gives the lease as a clone on a host of that name sees it; all clones have one storage."""
-    monkeypatch.setattr(lease, "TTL_S", 1.0)
+    monkeypatch.setattr(lease, "TTL_S", 0.6)
     base = str(tmp_path / "disk") if request.param == "folder" else f"memory://bucket-{uuid.uuid4().hex}"
 
     def lease_on(host: str) -> Lease:

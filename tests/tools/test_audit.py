@@ -103,6 +103,7 @@ def test_nothing_known_is_nothing_to_do(tmp_path: Path, osv: Osv) -> None:
     assert osv.asked == {("pyyaml", "5.3"), ("torch", "2.13.0"), ("pycrypto", "2.6.1")}
 
 
+@pytest.mark.slow
 def test_a_vulnerability_fails_until_it_is_waived_and_again_when_the_waiver_expires(tmp_path: Path, osv: Osv) -> None:
     osv.vulnerabilities["pyyaml"] = [PYYAML]
     code, out, _ = audit(tmp_path, osv.url)

@@ -66,6 +66,7 @@ def build(shape, folder):
     return manifest, data, files
 
 
+@pytest.mark.slow
 @relaxed
 @given(datasets(), st.integers(1, 3))
 def test_every_sample_once_an_epoch_and_every_token_of_it(shape, epochs):
@@ -87,6 +88,7 @@ def test_every_sample_once_an_epoch_and_every_token_of_it(shape, epochs):
         assert 0 <= epochs * sum(map(len, expected)) - delivered <= data.lanes * data.max_length
 
 
+@pytest.mark.slow
 @relaxed
 @given(datasets(), st.integers(1, 7), st.lists(st.integers(0, 6), max_size=6))
 def test_resumed_at_any_delivered_batch_it_goes_on_bit_for_bit(shape, global_batch, cuts):
@@ -140,6 +142,7 @@ def test_any_number_of_ranks_and_threads_sees_the_same_global_batches(shape, sha
         assert [windows for windows in again if windows] == [sorted(batch.windows.tolist()) for batch in whole]
 
 
+@pytest.mark.slow
 @relaxed
 @given(datasets(), st.integers(1, 9))
 def test_a_global_batch_is_so_many_slots(shape, global_batch):

@@ -144,6 +144,7 @@ def test_what_quarantine_loses_at_the_end_of_a_run_is_counted(paged):
     assert last.odd_rows.lost == manifest.train_samples - read > 0
 
 
+@pytest.mark.slow
 def test_quarantine_is_exact_under_resume_and_repetition(paged):
     folder, data = paged
     manifest = resolve(data, 42, folder)
