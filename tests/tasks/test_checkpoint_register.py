@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_never_loaded(project: Project) -> None:
 def test_a_checkpoint_whose_state_is_damaged_is_refused_with_the_cure(project: Project) -> None:
     checkpoint = write_checkpoint(project, 10)
     flip_a_bit(checkpoint.path / STATE)
-    with pytest.raises(UserError, match=r"step_00000010/state.json: its bytes are not .*bring it back \(dvc checkout"):
+    with pytest.raises(UserError, match=r"step_00000010/state.json: its bytes are not .*; remove .*step_00000010, or bring it back"):
         register(project)
 
 
