@@ -64,7 +64,8 @@ def checkpoint_register(project: Project, name: str) -> None:
                 try:
                     version, model_id = _register(client, project, name, checkpoint, config, run_id, validations.get(checkpoint.step))
                 except NotWhole as damaged:
-                    raise UserError(f"{damaged}; remove {checkpoint.path}, or bring it back: docs/dvc.md, When the disk here rots") from None
+                    cure = f"remove {checkpoint.path}, or bring it back: docs/dvc.md, When the disk here rots"
+                    raise UserError(f"{damaged}; {cure}") from None
             if found and IDENTITY_TAG not in found.tags:  # registered before there was this tag
                 tracking.tag_version(client, name, version, {IDENTITY_TAG: config.data_identity})
             print(f"{checkpoint.name}  version {version}{'' if found else '  (new)'}", flush=True)
