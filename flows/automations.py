@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from prefect.client.orchestration import SyncPrefectClient
 
-FLOWS = ("train-gpt2", "stream-and-train", "re-evaluate", "evaluate-new", "resume")
+FLOWS = ("train-gpt2", "post-train", "stream-and-train", "re-evaluate", "evaluate-new", "resume")
 """The flows of this project: of other flows on the same server nothing is said, and none is touched."""
 
 DEADLINE = timedelta(seconds=300)

@@ -10,7 +10,7 @@ from flows.commands.shared import say
 from model.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER, Stopped, UserError
 
 app = typer.Typer(
-    help="Pre-train GPT-2 from scratch: train, register, evaluate, use.",
+    help="Pre-train GPT-2 from scratch: train, post-train, register, evaluate, use.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -19,6 +19,7 @@ app = typer.Typer(
 
 for command in (
     running.train,
+    running.post_train,
     running.evaluate,
     looking.checkpoints,
     looking.status,

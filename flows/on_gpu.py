@@ -104,13 +104,14 @@ def join(experiment: str, config_digest: str | None) -> State[Any]:
 @task(cache_policy=NO_CACHE, task_run_name="stream-and-train[{experiment}]")
 def train_there(experiment: str, fresh: bool) -> State[Any]:
     """Train on the pool `gpu`, wait for it, and have here what it made."""
-    if fresh:
-        return stages.run_stage("train", experiment, fresh)
     project = find_project()
+    stage = project.training_stage(experiment)
+    if fresh:
+        return stages.run_stage(stage, experiment, fresh)
     unfinished = _trained(project, experiment, read_config(project.run_folder(experiment)).digest)
     if unfinished is not None:
         return unfinished
-    here = stages.run_stage("train", experiment, fresh=False)
+    here = stages.run_stage(stage, experiment, fresh=False)
     return Completed(message="trained on the pool gpu") if here.is_completed() else here
 
 

@@ -19,7 +19,7 @@ from tasks.project import find_project
 @flow(name="resume", flow_run_name="resume")
 @ends_by_itself
 def resume(flow_run: str) -> State[Any]:
-    """Start a crashed run of `train-gpt2` again, with the same parameters, as often as its experiment's `orchestration.auto_resume` says.
+    """Start a crashed run of `train-gpt2` or `post-train` again, with the same parameters, as often as its experiment's `orchestration.auto_resume` says.
 
     A run that somebody cancelled, began again by hand, or that no worker runs, is left as it is.
 
@@ -30,7 +30,8 @@ def resume(flow_run: str) -> State[Any]:
     with get_client(sync_client=True) as client:
         crashed = client.read_flow_run(UUID(flow_run.removeprefix("prefect.flow-run.")))
         experiment = crashed.parameters.get("experiment")
-        if client.read_flow(crashed.flow_id).name != "train-gpt2" or crashed.deployment_id is None or not isinstance(experiment, str):
+        flow_name = client.read_flow(crashed.flow_id).name
+        if flow_name not in ("train-gpt2", "post-train") or crashed.deployment_id is None or not isinstance(experiment, str):
             return Completed(message=f"{crashed.name} is no deployed training: left as it is")
         if crashed.state is None or not crashed.state.is_crashed():
             return Completed(message=f"{crashed.name} is {crashed.state_name} by now: left as it is")
@@ -43,7 +44,7 @@ def resume(flow_run: str) -> State[Any]:
         if tries >= allowed:
             return Failed(
                 message=f"{experiment} crashed and is not resumed: orchestration.auto_resume allows {allowed}, {tries} were made; when the "
-                f"cause is gone, prefect deployment run train-gpt2/{experiment} goes on"
+                f"cause is gone, prefect deployment run {flow_name}/{client.read_deployment(crashed.deployment_id).name} goes on"
             )
         again = client.create_flow_run_from_deployment(
             crashed.deployment_id,

@@ -85,9 +85,9 @@ def run_stages(project: Project, experiment: str, stages: tuple[str, ...], train
         UserError, StageFailed: what a stage failed of.
     """
     fresh = versioning.up_to_date(project, experiment)
-    tasks = _TASKS if train is None else {**_TASKS, "train": train}
+    tasks = _TASKS if train is None else {**_TASKS, "train": train, "post-train": train}
     for stage in stages:
-        if stage == "train":
+        if stage == project.training_stage(experiment):
             showing.name_by_steps(project, experiment)
         state = outcome(tasks[stage].submit(experiment, stage in fresh))
         if not state.is_completed():
@@ -181,8 +181,9 @@ def build_config(experiment: str, fresh: bool) -> State[Any]:
 )
 def stream_and_train(experiment: str, fresh: bool) -> State[Any]:
     """Train, or go on with it."""
-    with contextlib.nullcontext() if fresh else showing.training(find_project(), experiment):
-        return run_stage("train", experiment, fresh)
+    project = find_project()
+    with contextlib.nullcontext() if fresh else showing.training(project, experiment):
+        return run_stage(project.training_stage(experiment), experiment, fresh)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="checkpoint-register[{experiment}]")
@@ -268,6 +269,7 @@ def _below(project: Project, path: Path) -> str:
 _TASKS: dict[str, StageTask] = {
     "build-config": build_config,
     "train": stream_and_train,
+    "post-train": stream_and_train,
     "register": checkpoint_register,
     "evaluate": evaluate_each_checkpoint,
 }

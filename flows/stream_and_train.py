@@ -1,4 +1,4 @@
-"""The flow `stream-and-train`: what a worker of the pool `gpu` does for `train-gpt2`."""
+"""The flow `stream-and-train`: what a worker of the pool `gpu` does for `train-gpt2` and `post-train`."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from tasks.tracking import read_config
 @flow(name="stream-and-train", flow_run_name="{experiment}")
 @partial(ends_by_itself, may_pause=False)  # a worker with a limit dies of a run that is resumed too soon; train-gpt2 may
 def stream_and_train(experiment: str, overrides: Changes | None = None, config_digest: str | None = None) -> State[object]:
-    """Train an experiment of params.yaml, or go on with it; `train-gpt2` starts this, registers and evaluates.
+    """Train an experiment of params.yaml, or go on with it; `train-gpt2` and `post-train` start this, register and evaluate.
 
     Args:
         experiment: its name in params.yaml.
@@ -32,7 +32,7 @@ def stream_and_train(experiment: str, overrides: Changes | None = None, config_d
     if unfinished is not None:
         return unfinished
     _refuse_another(project, experiment, config_digest)
-    return stages.run_stages(project, experiment, ("train",)) or Completed(message=f"{experiment} is trained")
+    return stages.run_stages(project, experiment, (project.training_stage(experiment),)) or Completed(message=f"{experiment} is trained")
 
 
 def _refuse_another(project: Project, experiment: str, asked_for: str | None) -> None:

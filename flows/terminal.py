@@ -57,7 +57,7 @@ class Terminal:
         """A stage begins."""
         self._stage, self._began = stage, time.monotonic()
         self._bar.update(self._row, description=stage, total=None, completed=0, visible=True)
-        if stage == "train":
+        if stage in ("train", "post-train"):
             training = JournalProgress(self._journal)
             training.read()  # what an earlier attempt did is not news
             self._training = training

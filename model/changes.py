@@ -3,7 +3,7 @@ required."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.fields import FieldInfo
@@ -30,8 +30,9 @@ def _optional(kind: type[Section]) -> type[BaseModel]:
 def _annotation(field: FieldInfo) -> Any:
     """The field's type and bounds; the bounds nearest to the type, where JSON schema has a word for them."""
     annotation = field.annotation
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return _optional(annotation)
+    sections = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type) and issubclass(each, Section)]
+    if sections:
+        return _optional(sections[0]) if annotation is sections[0] else _optional(sections[0]) | None
     bounds: list[Any] = sorted(field.metadata, key=lambda bound: isinstance(bound, BeforeValidator))
     typed: Any = annotation
     for bound in bounds:

@@ -332,6 +332,17 @@ class JournalConfig(Section):
     """Those norms, and the gradient's, for every parameter."""
 
 
+class PostTrainingConfig(Section):
+    """Supervised fine-tuning: a trained network learns to answer. Each row of the data stands alone, and only what follows its question
+    is learned: the loss is that of the template's columns after the first, and of what stands before and between them."""
+
+    base: Place
+    """The network that it begins with: a registered version (`models:/quickstart@champion`, `models:/quickstart/3`), or the folder of a
+    checkpoint or of an export in Hugging Face's format. build-config pins it by its digest."""
+    packing: bool = True
+    """As many whole rows a window as fit, none of which sees another; false: one row a window."""
+
+
 class OrchestrationConfig(Section):
     """What flows do of their own accord; nothing here is part of a run's identity."""
 
@@ -354,6 +365,20 @@ class Experiment(Section):
     hardware: HardwareConfig = HardwareConfig()
     journal: JournalConfig = JournalConfig()
     orchestration: OrchestrationConfig = OrchestrationConfig()
+    post_training: PostTrainingConfig | None = None
+    """Begin with a trained network and teach it to answer; null: pre-train one from random weights."""
+
+    @model_validator(mode="after")
+    def _post_training_has_answers(self) -> Experiment:
+        if self.post_training is None:
+            return self
+        if len(self.data.text_columns) < 2:
+            raise ValueError("data.text_template: post-training needs a question and an answer: two columns or more")
+        if self.data.cache:
+            raise ValueError("data.cache: post-training keeps no cache of tokens; set it to false")
+        if self.checkpoint.fork_of is not None:
+            raise ValueError("checkpoint.fork_of: post-training begins with post_training.base; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _window_fits_context(self) -> Experiment:
@@ -376,7 +401,33 @@ class DatasetSummary(Section):
     train_samples: int
     """Samples an epoch that are trained on."""
     tokens_per_sample: float
-    """Mean over the first samples, end-of-text included: an estimate for planning, never for the order of the data."""
+    """Mean over the first samples, end-of-text included: an estimate for planning, never for the order of the data. In post-training a
+    sample that no window holds has none."""
+
+
+class Base(Section):
+    """The network that a post-training begins with, pinned."""
+
+    source: str
+    """Where it was found: `models:/quickstart/3`, or a folder."""
+    experiment: str | None = None
+    """Whose training it comes from, where that is known."""
+    checkpoint: str | None = None
+    """Its name there."""
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """The checkpoint's digest; an export's SHA-256 of `model.safetensors`."""
+
+
+class PostTraining(Section):
+    """`PostTrainingConfig` with its base known."""
+
+    base: Base
+    packing: bool
+
+
+Windows = Literal["text", "rows", "row"]
+"""What a window holds. text: documents back to back, cut where it ends, every token learned. rows: whole rows that do not see each other,
+of which the completion is learned; row: one of them."""
 
 
 class RunConfig(Section):
@@ -391,6 +442,15 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     total_steps: PositiveInt
     """Steps the learning-rate schedule spans: `max_steps`, or the epochs' expected length."""
+    post_training: PostTraining | None = Field(default=None, exclude_if=lambda value: value is None)
+    """What it begins with if it is a post-training; not there if it begins with random weights."""
+
+    @property
+    def windows(self) -> Windows:
+        """What its windows hold."""
+        if self.post_training is None:
+            return "text"
+        return "rows" if self.post_training.packing else "row"
 
     @property
     def global_batch(self) -> int:
@@ -414,6 +474,8 @@ class RunConfig(Section):
         fields = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         if self.training.spike.action != "rollback":
             del fields["checkpoint"]["save_every_n_iterations"]
+        if self.post_training is not None:
+            fields["post_training"] = {"base": {"digest": self.post_training.base.digest}, "packing": self.post_training.packing}
         return fields
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.device import for_small_products
+from model.tokenizer import END_OF_TEXT
 
 LOSS_CHUNK = {"cpu": 512, "cuda": 16_384}
 """Positions whose logits exist at once: 512 x 50,257 fp32 logits are 100 MB. Measured fastest on CPUs (docs/experiments.md)."""
@@ -114,6 +115,15 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.mlp(self.ln_2(x_BTD)))
 
 
+def rows_apart(tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions BT and the mask BTS under which rows side by side do not see each other: each begins with an end of text."""
+    T = tokens_BT.shape[1]
+    place_T = torch.arange(T, device=tokens_BT.device)
+    begins_BT = torch.where(tokens_BT == END_OF_TEXT, place_T, 0).cummax(dim=1).values
+    causal_TS = place_T[:, None] >= place_T
+    return place_T - begins_BT, (begins_BT[:, :, None] == begins_BT[:, None, :]) & causal_TS
+
+
 class GPT2(nn.Module):
     """The network. Its head is the token embedding itself (tied)."""
 
@@ -147,8 +157,12 @@ class GPT2(nn.Module):
         cache: KeyValueCache | None = None,
         positions_BT: Tensor | None = None,
         mask_BTS: Tensor | None = None,
+        apart: bool = False,
     ) -> Tensor:
-        """The residual stream after the last layer, BTD. With a cache, `tokens_BT` are the positions that follow the cached ones."""
+        """The residual stream after the last layer, BTD. With a cache, `tokens_BT` are the positions that follow the cached ones. `apart`:
+        they are rows side by side, and to each it is as if it stood alone."""
+        if apart:
+            positions_BT, mask_BTS = rows_apart(tokens_BT)
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTD = self.dropout(self.wte(tokens_BT) + self.wpe(positions_BT))
@@ -162,18 +176,28 @@ class GPT2(nn.Module):
         """Scores of every next token, BTV."""
         return F.linear(x_BTD, self.wte.weight)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum of the cross-entropies (nats) of predicting each target; the whole logits never exist at once."""
-        x_ND, device = self.hidden(tokens_BT).flatten(0, 1), tokens_BT.device.type
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, wanted_N: Tensor | None = None) -> Tensor:
+        """Sum of the cross-entropies (nats) of predicting each target; the whole logits never exist at once.
+
+        With `wanted_N`, only of the targets at these places (numbers into the flattened B x T), and the tokens are rows side by side, none
+        of which sees another.
+        """
+        x_ND, device = self.hidden(tokens_BT, apart=wanted_N is not None).flatten(0, 1), tokens_BT.device.type
+        targets_N = targets_BT.flatten()
+        if wanted_N is not None:
+            x_ND, targets_N = x_ND[wanted_N], targets_N[wanted_N]
         if torch.is_autocast_enabled(device):
             x_ND = x_ND.to(torch.get_autocast_dtype(device))
-        return SummedCrossEntropy.apply(x_ND, self.wte.weight, targets_BT.flatten(), torch.is_grad_enabled())
+        return SummedCrossEntropy.apply(x_ND, self.wte.weight, targets_N, torch.is_grad_enabled())
 
     @torch.no_grad()
-    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None) -> Tensor:
-        """Cross-entropy (nats, fp32) of each target that is `wanted` (all by default), in one row; for evaluation."""
+    def token_losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None, apart: bool = False
+    ) -> Tensor:
+        """Cross-entropy (nats, fp32) of each target that is `wanted` (all by default), in one row; for evaluation. `apart`: the tokens are
+        rows side by side, none of which sees another."""
         wanted_BT = torch.ones_like(targets_BT, dtype=torch.bool) if wanted_BT is None else wanted_BT
-        x_ND, targets_N = self.hidden(tokens_BT)[wanted_BT], targets_BT[wanted_BT]
+        x_ND, targets_N = self.hidden(tokens_BT, apart=apart)[wanted_BT], targets_BT[wanted_BT]
         parts = [
             F.cross_entropy(self.logits(x).float(), targets, reduction="none")
             for x, targets in zip(x_ND.split(LOSS_CHUNK["cpu"]), targets_N.split(LOSS_CHUNK["cpu"]), strict=True)

@@ -174,10 +174,21 @@ def read_frame(folder: Path) -> Frame | None:
     return None
 
 
-def export(model: GPT2, folder: Path, frame: Frame | None = None, readme: str | None = None) -> None:
+def read_split(folder: Path) -> dict[str, Any]:
+    """How an exported folder says that rows were held out when it was trained: `seed`, and fields of the data config; nothing if it does not
+    say."""
+    ours = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(OURS)
+    found = ours.get("split") if isinstance(ours, dict) else None
+    return {key: found[key] for key in ("seed", "split_by", "train_ratio") if key in found} if isinstance(found, dict) else {}
+
+
+def export(
+    model: GPT2, folder: Path, frame: Frame | None = None, readme: str | None = None, split: Mapping[str, Any] | None = None
+) -> None:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load: weights, config, generation config, tokenizer, and `readme` as README.md.
 
-    With a `frame` the folder also says how a question is put: to `gpt2 chat`, and as the tokenizer's chat template.
+    With a `frame` the folder also says how a question is put: to `gpt2 chat`, and as the tokenizer's chat template. With a `split`, how rows
+    were held out: to a post-training that begins with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / MODEL)
@@ -199,7 +210,7 @@ def export(model: GPT2, folder: Path, frame: Frame | None = None, readme: str | 
     }
     generation = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
     if frame is not None:
-        config[OURS] = frame._asdict()
+        config[OURS] = frame._asdict() | ({"split": dict(split)} if split is not None else {})
         tokenizer["chat_template"] = _chat_template(frame)
     for name, value in (
         (CONFIG, config),

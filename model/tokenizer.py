@@ -105,3 +105,13 @@ def bytes_per_token() -> np.ndarray:
     tokenizer = load_tokenizer()
     lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(END_OF_TEXT)]
     return np.array([*lengths, 0], dtype=np.int64)
+
+
+def first_token_after(tokens: np.ndarray, prefix: str) -> int:
+    """The number of the first of a text's tokens that is not wholly in `prefix`, which the text begins with.
+
+    A token that has bytes of both comes after it, and so do the last spaces of the prefix: they belong to the next token, as in
+    lm-evaluation-harness.
+    """
+    ends = bytes_per_token()[tokens].cumsum()
+    return int(np.searchsorted(ends, len(prefix.rstrip().encode()), side="right"))

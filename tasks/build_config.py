@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from model.config import DatasetSummary, Experiment, RunConfig
+from model.config import Base, DatasetSummary, Experiment, PostTraining, RunConfig
 from model.errors import UserError
 from model.params import write_yaml
 from model.stream.manifest import DatasetManifest
-from model.stream.resolve import resolve
+from model.stream.resolve import resolve, tokens_per_row
 from tasks.built_config import expected_steps
+from tasks.post_training import base_of
 from tasks.project import Project
 from tasks.steps import run_step
 
@@ -23,7 +24,8 @@ def build_config(project: Project, name: str) -> None:
     """
     experiment = project.experiment(name)
     manifest = resolve(experiment.data, experiment.seed, project.storage_folder(experiment) or project.root / "storage")
-    config = resolved(experiment, manifest)
+    base = base_of(project, experiment) if experiment.post_training is not None else None
+    config = resolved(experiment, manifest, base)
     folder = project.run_folder(name)
     folder.path.mkdir(parents=True, exist_ok=True)
     manifest.write(folder.dataset)
@@ -34,6 +36,8 @@ def build_config(project: Project, name: str) -> None:
     asked = experiment.data.num_samples
     if asked is not None and manifest.samples < asked:
         print(f"data.num_samples asks for {asked:,} samples, the data hold {manifest.samples:,} that pass the filter")
+    if base is not None:
+        print(f"begins with {base.source}{f', {base.checkpoint} of {base.experiment}' if base.experiment else ''} ({base.digest[:12]})")
     print(
         f"{manifest.samples:,} samples from {len(manifest.files)} files, "
         f"{manifest.train_samples:,} to train on; {config.total_steps:,} steps of {config.global_batch} windows; "
@@ -41,10 +45,16 @@ def build_config(project: Project, name: str) -> None:
     )
 
 
-def resolved(experiment: Experiment, manifest: DatasetManifest) -> RunConfig:
-    """The experiment with its data known: the revision pinned, the steps of its epochs estimated."""
+def resolved(experiment: Experiment, manifest: DatasetManifest, base: Base | None = None) -> RunConfig:
+    """The experiment with its data known: the revision pinned, the steps of its epochs estimated. `base`: what a post-training begins with."""
     training, data = experiment.training, experiment.data
-    steps = expected_steps(training, data, manifest.train_samples, manifest.tokens_per_sample)
+    length = manifest.tokens_per_sample
+    post_training = None
+    if base is not None:
+        assert experiment.post_training is not None
+        post_training = PostTraining(base=base, packing=experiment.post_training.packing)
+        length = tokens_per_row(data, experiment.seed, manifest, one_each=not post_training.packing)
+    steps = expected_steps(training, data, manifest.train_samples, length)
     if steps < 1:
         raise UserError(f"data.path: {data.path} holds no sample that passes data.filter ({data.filter})")
     return RunConfig(
@@ -57,11 +67,12 @@ def resolved(experiment: Experiment, manifest: DatasetManifest) -> RunConfig:
             files=len(manifest.files),
             samples=manifest.samples,
             train_samples=manifest.train_samples,
-            tokens_per_sample=manifest.tokens_per_sample,
+            tokens_per_sample=length,
         ),
         training=training,
         checkpoint=experiment.checkpoint,
         total_steps=min(training.max_steps or steps, steps),
+        post_training=post_training,
     )
 
 

@@ -25,9 +25,14 @@ def check(project: Project, name: str, overrides: dict[str, Any], trains_here: b
     """
     experiment = project.with_overrides(name, overrides)
     missing = [what for what in (_device(experiment) if trains_here else None, _data(experiment), _storage(project, experiment)) if what]
-    if missing and not (overrides == project.overrides(name) and {"build-config", "train"} <= set(versioning.up_to_date(project, name))):
+    if missing and not _is_trained(project, name, overrides):
         raise UserError("; ".join(missing))
     return experiment
+
+
+def _is_trained(project: Project, name: str, overrides: dict[str, Any]) -> bool:
+    needed = {"build-config", project.training_stage(name)}
+    return overrides == project.overrides(name) and needed <= set(versioning.up_to_date(project, name))
 
 
 def _device(experiment: Experiment) -> str | None:

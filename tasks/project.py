@@ -22,8 +22,10 @@ STAGES = "dvc.yaml"
 
 _OVERRIDES_HEADER = """\
 # The experiments that were started: DVC knows the stages of these. After each name what `--set` or a deployment's parameters changed
-# when it was last run; `{}`: nothing. Written by `gpt2 train`. To change an experiment for good, edit params.yaml instead.
+# when it was last run; `{}`: nothing. Then which of them are trained from random weights, and which from a trained network.
+# Written by `gpt2 train` and `gpt2 post-train`. To change an experiment for good, edit params.yaml instead.
 """
+_PRE, _POST = "pre_training", "post_training"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class Project:
         params = read_yaml(self.root / PARAMS)
         experiments = params.get("experiments") if isinstance(params, dict) else None
         return list(experiments) if isinstance(experiments, dict) else []
+
+    def is_post_training(self, name: str) -> bool:
+        """Whether the experiment begins with a trained network: its entry has `post_training`."""
+        params = read_yaml(self.root / PARAMS)
+        experiments = params.get("experiments") if isinstance(params, dict) else None
+        entry = experiments.get(name) if isinstance(experiments, dict) else None
+        return isinstance(entry, dict) and entry.get("post_training") is not None
+
+    def training_stage(self, name: str) -> str:
+        """Which stage of dvc.yaml trains the experiment: `train` or `post-train`; and which command, `gpt2 train` or `gpt2 post-train`."""
+        return "post-train" if self.is_post_training(name) else "train"
 
     def was_started(self, name: str) -> bool:
         """Whether DVC knows the experiment's stages: it was run once, on this machine or where the clone comes from."""
@@ -68,10 +81,13 @@ class Project:
         check_experiment_name(name)
         scratch = self.scratch_folder()
         with FileLock(scratch / "overrides.lock"):
-            recorded = self._all_overrides()
-            if name in recorded and recorded[name] == overrides:
+            started = {**self._all_overrides(), name: overrides}
+            kinds: dict[str, list[str]] = {_PRE: [], _POST: []}
+            for each in started:
+                kinds[_POST if self.is_post_training(each) else _PRE].append(each)
+            if {"overrides": started, **kinds} == self._recorded():
                 return
-            text = yaml.safe_dump({"overrides": {**recorded, name: overrides}}, sort_keys=False, allow_unicode=True, width=120)
+            text = yaml.safe_dump({"overrides": started, **kinds}, sort_keys=False, allow_unicode=True, width=120)
             disk.write_file(self.root / OVERRIDES, (_OVERRIDES_HEADER + text).encode())
 
     def storage(self, experiment: Experiment) -> str:
@@ -91,11 +107,16 @@ class Project:
         return scratch
 
     def _all_overrides(self) -> dict[str, Any]:
+        overrides: dict[str, Any] = self._recorded()["overrides"]
+        return overrides
+
+    def _recorded(self) -> dict[str, Any]:
         path = self.root / OVERRIDES
         recorded = read_yaml(path) if path.exists() else {"overrides": {}}
-        if not isinstance(recorded, dict) or set(recorded) != {"overrides"} or not isinstance(recorded["overrides"], dict):
+        fits = isinstance(recorded, dict) and "overrides" in recorded and set(recorded) <= {"overrides", _PRE, _POST}
+        if not fits or not isinstance(recorded["overrides"], dict):
             raise UserError(f"{OVERRIDES}: must be one group `overrides` of fields by experiment, such as `quickstart: {{}}`")
-        return recorded["overrides"]
+        return dict(recorded)
 
 
 def find_project(start: Path | None = None) -> Project:

@@ -80,10 +80,10 @@ def storage_of(project: Project, name: str) -> str:
 
 
 def recorded(project: Project, name: str, out: Path) -> str | None:
-    """The MD5 by which dvc.lock names an output of the train stage (of a folder: of the list of its files); None if it does not."""
+    """The MD5 by which dvc.lock names an output of the stage that trains (of a folder: of the list of its files); None if it does not."""
     lock = project.root / "dvc.lock"
     stages = (read_long_yaml(lock) if lock.exists() else {}).get("stages", {})
-    outs = stages.get(f"train@{name}", {}).get("outs", [])
+    outs = stages.get(f"{project.training_stage(name)}@{name}", {}).get("outs", [])
     path = out.relative_to(project.root).as_posix()
     return next((out["md5"] for out in outs if out["path"] == path), None)
 

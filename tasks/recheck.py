@@ -78,7 +78,7 @@ def recheck_local(project: Project, name: str, stop: threading.Event) -> Recheck
             if not path.exists():  # tidied away by the training that runs
                 continue
             cure = f"gpt2 restore {name}/{versions.get(path.name, 'VERSION')}; else delete the file and its object in DVC's cache "
-            cure += f"(find .dvc/cache -samefile FILE), then dvc pull train@{name}"
+            cure += f"(find .dvc/cache -samefile FILE), then dvc pull {project.training_stage(name)}@{name}"
             rotten.append(Rotten(path.name, registered.get(path.name), "the run folder", str(error), cure))
         looked += 1
     return Rechecked(local=looked, rotten=rotten)

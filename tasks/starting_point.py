@@ -22,7 +22,7 @@ _REGISTRY = "models:/"
 
 
 def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | None:
-    """The folder of the checkpoint that `checkpoint_to_resume` or `fork_of` names; None if none is named or the run holds it itself.
+    """The folder that `checkpoint_to_resume`, `fork_of` or `post_training` names; None if none is named or the run holds it itself.
 
     Raises:
         UserError: it is nowhere to be found.
@@ -31,6 +31,10 @@ def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | N
     wanted, fork = config.checkpoint.checkpoint_to_resume, config.checkpoint.fork_of
     if wanted is not None and not is_name(wanted) and wanted_last(read_current(folder.journal)) != wanted:
         return locate(project, name, wanted)
+    if config.post_training is not None and not CheckpointStore(folder.checkpoints).folders():
+        from tasks.post_training import place_of  # which asks this module
+
+        return place_of(project, config.post_training.base)
     if fork is not None and not CheckpointStore(folder.checkpoints).folders():
         place = find_by_digest(project, fork.digest)
         if place is None:

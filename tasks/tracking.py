@@ -117,6 +117,11 @@ def connect(project: Project, experiment: Experiment) -> MlflowClient:
     return client
 
 
+def is_there(project: Project, experiment: Experiment) -> bool:
+    """Whether there is an MLflow to ask: a server's address, or the file. Nothing is made."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (mlflow_folder(project, experiment) / "mlflow.db").exists()
+
+
 def experiment_id(client: MlflowClient, project: Project, experiment: Experiment, name: str) -> str:
     """The MLflow experiment `name`, made if it is not there.
 
@@ -281,13 +286,14 @@ def versions(client: MlflowClient, name: str) -> list[Version]:
     token = None
     while True:
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += [_version(version) for version in page]
+        found += [as_version(version) for version in page]
         token = page.token
         if not token:
             return sorted(found, key=lambda version: int(version.version))
 
 
-def _version(found: ModelVersion) -> Version:
+def as_version(found: ModelVersion) -> Version:
+    """What MLflow tells of a version, as far as this project needs it."""
     return Version(str(found.version), found.tags.get(DIGEST_TAG), (found.source or "").removeprefix("models:/"), dict(found.tags))
 
 
@@ -296,7 +302,7 @@ def version_with(client: MlflowClient, name: str, alias: str) -> Version | None:
     from mlflow import MlflowException
 
     try:
-        return _version(client.get_model_version_by_alias(name, alias))
+        return as_version(client.get_model_version_by_alias(name, alias))
     except MlflowException as error:
         # No such model. The other code also stands for requests that are wrong: whether there is no such alias, the model says.
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":

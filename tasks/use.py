@@ -187,12 +187,14 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
     from model.huggingface import export as write
 
     network, frame = _load(checkpoint)
+    state = checkpoint.state()["config"]
+    split = {"seed": state["seed"], **{key: state["data"][key] for key in ("split_by", "train_ratio")}}
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         disk.sweep(folder.parent, f".{folder.name}.")
-        write(network, partial, frame, model_card(checkpoint))
+        write(network, partial, frame, model_card(checkpoint), split)
         for path in [*partial.iterdir(), partial]:
             disk.fsync(path)
         if folder.exists():

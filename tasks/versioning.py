@@ -36,7 +36,7 @@ from tasks.project import Project
 from tasks.steps import ERROR, STOPPED
 
 STAGES = ("build-config", "train", "register", "evaluate")
-"""The stages of dvc.yaml, in their order."""
+"""The stages of dvc.yaml, in their order. A post-training has `post-train` in the place of `train`: see `stages_of`."""
 
 REMOTE = "storage"
 """The DVC remote of .dvc/config."""
@@ -53,16 +53,21 @@ _CHATTER = re.compile(
 Report = Callable[[str], None]
 
 
+def stages_of(project: Project, experiment: str) -> tuple[str, ...]:
+    """The experiment's stages in dvc.yaml, in their order."""
+    return tuple(project.training_stage(experiment) if stage == "train" else stage for stage in STAGES)
+
+
 class StageFailed(RuntimeError):
     """A stage ended with a fault, of which the message is one line; the lines that came before say more."""
 
 
 def stage_states(project: Project, experiment: str) -> dict[str, str]:
     """What DVC says of each stage: `done`, `changed` (what it read or wrote is not what its last run did), `never run`, or `running`."""
-    recorded = _recorded_stages(project)
-    changed = _changed_stages(project, experiment, STAGES)
+    recorded, stages = _recorded_stages(project), stages_of(project, experiment)
+    changed = _changed_stages(project, experiment, stages)
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         state = changed if changed is not None else _changed_stages(project, experiment, [stage])
         if f"{stage}@{experiment}" not in recorded and state is not None:
             found[stage] = "never run"
@@ -73,8 +78,9 @@ def stage_states(project: Project, experiment: str) -> dict[str, str]:
 
 def up_to_date(project: Project, experiment: str) -> list[str]:
     """The stages that DVC would skip now, up to the first that it would run: what follows that one is not known before it ran."""
-    changed = _changed_stages(project, experiment, STAGES)
-    return [] if changed is None else list(itertools.takewhile(lambda stage: stage not in changed, STAGES))
+    stages = stages_of(project, experiment)
+    changed = _changed_stages(project, experiment, stages)
+    return [] if changed is None else list(itertools.takewhile(lambda stage: stage not in changed, stages))
 
 
 def run_stage(
@@ -154,8 +160,9 @@ def push(project: Project, experiment: str, *, on_line: Report, stop: threading.
 
 def _push(project: Project, experiment: str, on_line: Report, stop: threading.Event, patience: float) -> None:
     deadline = time.monotonic() + patience
+    targets = [f"{stage}@{experiment}" for stage in stages_of(project, experiment)]
     while True:
-        exit_code, lines = _run(project, ["push", *_targets(experiment)], on_line, stop, os.getpid(), grace=0.0)
+        exit_code, lines = _run(project, ["push", *targets], on_line, stop, os.getpid(), grace=0.0)
         if exit_code == 0:
             return
         if stop.is_set():
@@ -187,10 +194,6 @@ def _remote_url(project: Project, name: str) -> str | None:
     if url is None or "://" in url:
         return url
     return str((project.root / ".dvc" / url).resolve())
-
-
-def _targets(experiment: str) -> list[str]:
-    return [f"{stage}@{experiment}" for stage in STAGES]
 
 
 def _recorded_stages(project: Project) -> set[str]:

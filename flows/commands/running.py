@@ -1,4 +1,4 @@
-"""Commands that run the pipeline: train, evaluate, sync."""
+"""Commands that run the pipeline: train, post-train, evaluate, sync."""
 
 import json
 from typing import Annotated
@@ -9,7 +9,7 @@ from rich.console import Console
 from flows.commands.shared import Json, Name, need_checkpoints, run_flow, say, stop_on_signals
 from flows.stop import STOP
 from model.errors import EXIT_FAULT, UserError
-from model.params import parse_overrides
+from model.params import merge, parse_overrides
 from tasks.project import find_project
 
 
@@ -32,9 +32,10 @@ def train(
 
     Example: gpt2 train quickstart --fork warmer --set training.learning_rate=0.003
     """
-    from tasks import preflight
+    from tasks import post_training, preflight
 
     project, overrides = find_project(), parse_overrides(changes or [])
+    post_training.check_is_none(project, name)
     preflight.check(project, name, overrides)
     if fork is not None or anew:
         from tasks.fork import anew as set_aside
@@ -49,6 +50,39 @@ def train(
         elif where := set_aside(project, name):
             print(f"what was trained of {name} is in {where.relative_to(project.root)} now")
     run_flow(project, name, "train-gpt2", {"experiment": name, "overrides": overrides})
+
+
+def post_train(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An experiment with post_training, or the one that it begins with.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Begin with this one: models:/quickstart/3, a checkpoint's folder, or an exported one."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field for this run; may be given again.")
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Set what was trained aside, and begin with the base.")] = False,
+) -> None:
+    """Teach a trained network to answer: fine-tune it on questions with their answers, register and evaluate its checkpoints beside it.
+
+    It begins with the champion unless its entry in params.yaml or --base says otherwise. What is up to date is skipped, what was interrupted
+    goes on. Ctrl-C stops it resumably (exit code 75): the same command goes on.
+
+    Example: gpt2 post-train quickstart
+
+    Example: gpt2 post-train quickstart --base models:/quickstart@best --set training.learning_rate=0.001
+    """
+    from tasks import post_training, preflight
+    from tasks.fork import anew as set_aside
+
+    project, overrides = find_project(), parse_overrides(changes or [])
+    name = post_training.named(project, name)
+    if base is not None:
+        overrides = merge(overrides, {"post_training": {"base": base}})
+    preflight.check(project, name, overrides)
+    if anew and (where := set_aside(project, name)):
+        print(f"what was trained of {name} is in {where.relative_to(project.root)} now")
+    run_flow(project, name, "post-train", {"experiment": name, "overrides": overrides})
 
 
 def evaluate(

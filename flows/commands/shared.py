@@ -37,11 +37,12 @@ def run_flow(project: Project, name: str, flow_name: str, parameters: dict[str, 
     from flows.local_server import use_prefect_server
 
     use_prefect_server()
+    from flows.post_train import post_train
     from flows.re_evaluate import re_evaluate
     from flows.terminal import Terminal
     from flows.train_gpt2 import train_gpt2
 
-    flow: Any = {"train-gpt2": train_gpt2, "re-evaluate": re_evaluate}[flow_name]
+    flow: Any = {"train-gpt2": train_gpt2, "post-train": post_train, "re-evaluate": re_evaluate}[flow_name]
     with Terminal(project.run_folder(name).journal):
         state = flow(**parameters, return_state=True)
     if state.is_failed():

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from model.gpt2 import GPT2
-from model.tokenizer import END_OF_TEXT, bytes_per_token, encode
+from model.stream.row_packing import IGNORED
+from model.tokenizer import END_OF_TEXT, bytes_per_token, encode_to_numpy, first_token_after
 
 
 def validation_loss(
     model: GPT2, windows: np.ndarray, batch_size: int, should_stop: Callable[[], bool] = lambda: False, autocast: bool = False
 ) -> tuple[float, float] | None:
-    """Mean loss (nats a token) and bits per byte over windows (uint16, [windows, max_length + 1]).
+    """Mean loss (nats a token) and bits per byte over windows (uint16, [windows, max_length + 1]; of rows, [windows, 2, max_length]: then of
+    their completions alone).
 
     None if `should_stop` said so half-way. Dropout is off meanwhile, and nothing random is drawn.
     """
@@ -28,12 +30,16 @@ def validation_loss(
         for start in range(0, len(windows), batch_size):
             if should_stop():
                 return None
-            batch = torch.from_numpy(windows[start : start + batch_size].astype(np.int64)).to(device)
+            some = windows[start : start + batch_size]
+            rows = some.ndim == 3
+            inputs, targets = (some[:, 0], some[:, 1]) if rows else (some[:, :-1], some[:, 1:])
+            wanted = targets != IGNORED
+            inputs_BT, targets_BT = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (inputs, targets))
             with torch.autocast(device.type, dtype=torch.bfloat16) if autocast else nullcontext():
-                losses = model.token_losses(batch[:, :-1], batch[:, 1:])
+                losses = model.token_losses(inputs_BT, targets_BT, torch.from_numpy(wanted).to(device) if rows else None, apart=rows)
             nats += float(losses.double().sum())
             targets_seen += losses.numel()
-            bytes_seen += int(bytes_per_token()[windows[start : start + batch_size, 1:]].sum())
+            bytes_seen += int(bytes_per_token()[targets[wanted]].sum())
     finally:
         model.train(was_training)
     return nats / targets_seen, nats / math.log(2) / max(1, bytes_seen)
@@ -71,9 +77,8 @@ def tokens_and_cut(context: str, continuation: str) -> tuple[list[int], int]:
 
     A token that has bytes of both belongs to the continuation.
     """
-    tokens = encode(context + continuation)
-    ends = bytes_per_token()[tokens].cumsum()
-    return [END_OF_TEXT, *tokens, END_OF_TEXT], 1 + int(np.searchsorted(ends, len(context.rstrip().encode()), side="right"))
+    tokens = encode_to_numpy(context + continuation)
+    return [END_OF_TEXT, *tokens.tolist(), END_OF_TEXT], 1 + first_token_after(tokens, context)
 
 
 def _spans(first: int, count: int, window: int) -> Iterator[tuple[int, int, int]]:

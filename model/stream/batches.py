@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import DataConfig
+from model.config import DataConfig, Windows
 from model.errors import Stopped, UserError
 from model.stream.lanes import Lane, plan_lanes
 from model.stream.manifest import DatasetManifest
 from model.stream.packing import OddRows, Place, Position
 from model.stream.reader import Reader
+from model.stream.row_packing import count_learned, count_read
 from model.stream.token_cache import LaneCache, cache_folder
 
 State = dict[str, Any]
@@ -36,7 +37,8 @@ class Batch:
     """One rank's share of what one optimizer step sees."""
 
     windows: torch.Tensor
-    """uint16 [windows, max_length + 1], page-locked on a machine with CUDA. A rank whose lanes have come to their end has none."""
+    """uint16 [windows, max_length + 1], or of rows [windows, 2, max_length] (model/stream/row_packing.py); page-locked on a machine with
+    CUDA. A rank whose lanes have come to their end has none."""
     epoch: int
     """The epoch, from 0, that the slowest of the rank's lanes was in."""
     slot: int
@@ -45,6 +47,18 @@ class Batch:
     """Where this rank's lanes go on after this batch."""
     ended: bool
     """All lanes of this rank have come to their end."""
+
+    @property
+    def read(self) -> int:
+        """Targets in it, but for what fills windows of rows up."""
+        windows = self.windows.numpy()
+        return count_read(windows) if windows.ndim == 3 else len(windows) * (windows.shape[1] - 1)
+
+    @property
+    def learned(self) -> int:
+        """Targets that the loss is taken of: all, or in windows of rows the completions'."""
+        windows = self.windows.numpy()
+        return count_learned(windows) if windows.ndim == 3 else len(windows) * (windows.shape[1] - 1)
 
     @property
     def positions(self) -> dict[int, Position]:
@@ -77,6 +91,7 @@ class TrainingWindows:
         global_batch: slots a global batch, over all ranks.
         num_epochs: passes over the training samples.
         state: where to go on: a batch's `state`, or the `merged_state` of all ranks'. None: from the start.
+        windows: what a window holds.
         rank: which rank this is.
         world_size: how many there are.
         threads: lanes that are worked on at once, in the background; 0: in the caller's thread, when a batch is asked for.
@@ -97,6 +112,7 @@ class TrainingWindows:
         num_epochs: int,
         state: State | None = None,
         *,
+        windows: Windows = "text",
         rank: int = 0,
         world_size: int = 1,
         threads: int = 0,
@@ -115,15 +131,19 @@ class TrainingWindows:
         starts = {lane: Position.from_list(state["lanes"][str(lane)]) for lane in range(rank, data.lanes, world_size)}
         self._places: dict[int, Place | Position] = {**starts}
         self._fresh = not any(any(position) for position in state["lanes"].values())
-        reader = Reader(data, seed)
+        reader = Reader(data, seed, rows=windows != "text")
+        self._shape = (data.max_length + 1,) if windows == "text" else (2, data.max_length)
         folder = cache_folder(cache, manifest, data, seed) if cache is not None else None
         self._caches = {lane: LaneCache(folder, lane, self.warnings.append) for lane in starts if folder is not None}
         lanes = {
             lane: Lane(reader, manifest, seed, lane, plan[lane], start, self._caches.get(lane), self.warnings.append)
             for lane, start in starts.items()
         }
-        windows = {number: lane.windows(num_epochs) for number, lane in lanes.items()}
-        self._source = _Ahead(windows, threads) if threads else _Inline(windows)
+        made = {
+            number: lane.text_windows(num_epochs) if windows == "text" else lane.row_windows(num_epochs, one_each=windows == "row")
+            for number, lane in lanes.items()
+        }
+        self._source = _Ahead(made, threads) if threads else _Inline(made)
         self._ended: set[int] = set()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -139,6 +159,8 @@ class TrainingWindows:
             if batch.ended:
                 break
         self.close()
+        if self._fresh and self._shape[0] == 2:
+            raise UserError(f"data.max_length: no training sample with an answer fits {self._data.max_length} tokens; raise it")
         if self._fresh:
             raise UserError(
                 f"data.max_length: no lane's training samples fill one window of {self._data.max_length + 1} tokens; use fewer lanes"
@@ -147,7 +169,7 @@ class TrainingWindows:
 
     def _next_batch(self) -> Batch:
         epoch = min(place.epoch for place in self._places.values())
-        windows = torch.empty((self._share, self._data.max_length + 1), dtype=torch.uint16, pin_memory=self._pinned)
+        windows = torch.empty((self._share, *self._shape), dtype=torch.uint16, pin_memory=self._pinned)
         rows, count = windows.numpy(), 0
         first = self._slot + (self._rank - self._slot) % self._step
         for slot in range(first, first + self._share * self._step, self._step):

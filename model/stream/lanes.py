@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from model.errors import UserError
 from model.stream.manifest import DatasetManifest
 from model.stream.packing import Documents, OddRows, Packer, Place, Position
 from model.stream.reader import DOCUMENTS_AT_ONCE, Reader, Texts
+from model.stream.row_packing import GROUP, Row, packed, rows_of
 from model.stream.shuffle import Block, Slice, epoch_blocks
 from model.stream.source import DamagedFile, changed
 from model.stream.token_cache import LaneCache
@@ -108,7 +110,7 @@ class Lane:
         self._odd = start.odd
         """Of the samples that were read."""
 
-    def windows(self, num_epochs: int) -> Generator[tuple[np.ndarray, Place | Position], None, None]:
+    def text_windows(self, num_epochs: int) -> Generator[tuple[np.ndarray, Place | Position], None, None]:
         """Windows, uint16 [max_length + 1], each with the place of the next one's first token, to the end of epoch `num_epochs - 1`.
 
         What the last epoch leaves over, less than a window, is left out: the last window comes with the end of the lane.
@@ -128,6 +130,30 @@ class Lane:
                 last = found
         if last is not None:
             yield last[0], Position(num_epochs, 0, 0, self._odd)
+
+    def row_windows(self, num_epochs: int, one_each: bool) -> Generator[tuple[np.ndarray, Place | Position], None, None]:
+        """Windows of whole rows, uint16 [2, max_length], each with the position of the next one, to the end of epoch `num_epochs - 1`.
+
+        The rows of a group are packed together, so the next window's position is its group's, and its number there. `one_each`: a window
+        for each row.
+
+        Raises:
+            UserError: a file is damaged or changed.
+            Stopped: a source does not answer.
+        """
+        done, last = self._start.offset, None
+        for group in _groups(self._documents(num_epochs)):
+            if last is not None:
+                yield last, group.position
+            last = None
+            windows = packed(group.rows, self._reader.data.max_length, one_each)
+            for number, window in enumerate(windows[done:], done + 1):
+                if last is not None:
+                    yield last, group.position._replace(offset=number - 1)
+                last = window
+            done = 0
+        if last is not None:
+            yield last, Position(num_epochs, 0, 0, self._odd)
 
     def _documents(self, num_epochs: int) -> Iterator[Documents]:
         """The lane's documents from the one that holds its start on."""
@@ -174,6 +200,31 @@ def _kept(found: Iterator[Documents], block: Block, cache: LaneCache) -> Iterato
         everything.append(documents)
         yield documents
     cache.write(block, everything)
+
+
+class _Group(NamedTuple):
+    """Rows that are packed together."""
+
+    position: Position
+    """Where the first of its samples stands."""
+    rows: list[Row]
+
+
+def _groups(found: Iterator[Documents]) -> Iterator[_Group]:
+    """The rows of documents, group by group: a group's samples are those of one epoch whose numbers are equal but for the rest of a division
+    by `GROUP`. What no window holds is left out."""
+    group: _Group | None = None
+    for documents in found:
+        for number, row in enumerate(rows_of(documents)):
+            key = documents.first.epoch, (documents.first.sample + number) // GROUP
+            if group is None or (group.position.epoch, group.position.sample // GROUP) != key:
+                if group is not None:
+                    yield group
+                group = _Group(documents.position(int(documents.starts[number])), [])
+            if row is not None:
+                group.rows.append(row)
+    if group is not None:
+        yield group
 
 
 class _FileRows:

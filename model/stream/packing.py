@@ -20,6 +20,10 @@ class OddRows(NamedTuple):
     """The text itself contains `<|endoftext|>`."""
     lost: int = 0
     """In a damaged part of a file, under `data.quarantine`."""
+    too_long: int = 0
+    """In post-training: no window holds it, so it is left out."""
+    unanswered: int = 0
+    """In post-training: the question or the answer is empty, so it is left out."""
 
     def plus(self, *others: OddRows) -> OddRows:
         """The sum of all."""
@@ -33,12 +37,12 @@ class Position(NamedTuple):
     sample: int = 0
     """Number of its sample within the lane's epoch."""
     offset: int = 0
-    """Number of the token within its document."""
+    """Number of the token within its document; in post-training the sample is a group's first, and this the window's number in the group."""
     odd: OddRows = OddRows()
     """Of the samples before this one, since the run began."""
 
     def as_list(self) -> list[int]:
-        """For a state: [epoch, sample, offset, empty_field, not_utf8, end_of_text, lost]."""
+        """For a state: [epoch, sample, offset, empty_field, not_utf8, end_of_text, lost, too_long, unanswered]."""
         return [self.epoch, self.sample, self.offset, *self.odd]
 
     @classmethod
@@ -61,6 +65,8 @@ class Documents:
     """int64 [documents + 1]: where each begins in `tokens`, and where the last one ends."""
     odd: dict[int, OddRows]
     """What was odd about the row, of those where something was, by their number here."""
+    completions: np.ndarray | None = None
+    """int64 [documents]: number of each document's first token of the completion; None where nobody asked."""
     first: Position = _START
     """Where the first token of the first document stands in its lane; the others follow sample by sample."""
 

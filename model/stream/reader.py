@@ -11,6 +11,7 @@ import functools
 import itertools
 import string
 from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from model.stream.manifest import DataFile
 from model.stream.packing import Documents, OddRows
 from model.stream.source import DamagedFile, changed, named_faults, open_parquet
 from model.stream.split import PARTS, Part, Splitter, as_bytes
-from model.tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, encode_to_numpy
+from model.tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, encode_to_numpy, first_token_after
 
 _BATCH_ROWS = 1000
 """Rows decoded at a time: a file's one row group is never in memory as a whole."""
@@ -35,10 +36,10 @@ _END_OF_TEXT_NAMES = frozenset([END_OF_TEXT_NAME])
 
 
 class Reader:
-    """Reads samples as one data config and seed define them."""
+    """Reads samples as one data config and seed define them. `rows`: each is a question and its completion, for post-training."""
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        self.data = data
+    def __init__(self, data: DataConfig, seed: int, rows: bool = False) -> None:
+        self.data, self.rows = data, rows
         self.filter: Filter | None = parse_filter(data.filter) if data.filter is not None else None
         self.splitter = Splitter(data, seed)
         self._template = _pieces(data.text_template)
@@ -96,19 +97,27 @@ class Reader:
 
     def texts(self, rows: pa.RecordBatch) -> Texts:
         """The text of each row by `data.text_template`."""
-        parts, empty = [], np.zeros(rows.num_rows, dtype=bool)
+        parts, lengths = [], []
         for literal, column in self._template:
             if literal:
                 parts.append(_constant(literal))
             if column is not None:
                 cells = pc.fill_null(as_bytes(rows.column(column)), b"")
-                empty |= pc.equal(pc.binary_length(cells), 0).to_numpy(zero_copy_only=False)
+                lengths.append(pc.binary_length(cells).to_numpy(zero_copy_only=False))
                 parts.append(cells)
+        empty = np.logical_or.reduce([length == 0 for length in lengths])
         joined = pc.binary_join_element_wise(*parts, _constant(END_OF_TEXT_NAME), _constant(""))
         _, offsets, data = joined.buffers()
         ends = np.frombuffer(offsets, np.int64, len(joined) + 1, 8 * joined.offset)
         spans = np.stack([np.zeros(len(joined), np.int64), ends[:-1], ends[1:]], axis=1)
-        return Texts([memoryview(data if data is not None else b"")], spans, empty)
+        return Texts([memoryview(data if data is not None else b"")], spans, empty, self._parts(spans, lengths) if self.rows else None)
+
+    def _parts(self, spans: np.ndarray, lengths: list[np.ndarray]) -> Parts:
+        """Where the questions end and the answers lie in texts."""
+        head, ending = len(self._template[0][0].encode()), sum(len(literal.encode()) for literal, column in self._template if column is None)
+        sizes = spans[:, 2] - spans[:, 1] - len(END_OF_TEXT_NAME)
+        ends = sizes - ending
+        return Parts(self.data.max_length, np.stack([np.full_like(ends, head), head + lengths[0], ends - lengths[-1], ends], axis=1))
 
     def _record_batches(self, parquet: pq.ParquetFile, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
         batches = parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False)
@@ -120,6 +129,15 @@ class Reader:
             yield batch
 
 
+class Parts(NamedTuple):
+    """What is where in texts that are questions with their completions."""
+
+    max_length: int
+    """Tokens that a document may have, to fit a window."""
+    bytes: np.ndarray
+    """int64 [texts, 4]: where each one's question begins and ends, and where its answer does, counted from the text's first byte."""
+
+
 class Texts:
     """Texts of some rows. They are not copied from where Arrow put them: numbers move, bytes stay.
 
@@ -127,10 +145,11 @@ class Texts:
         buffers: UTF-8, texts back to back, each with `<|endoftext|>` behind it.
         spans: int64 [texts, 3]: each one's buffer, and its first byte and the one after its last there.
         empty: bool [texts]: which of them miss a field.
+        parts: what is where in each; None where nobody asked.
     """
 
-    def __init__(self, buffers: list[memoryview], spans: np.ndarray, empty: np.ndarray) -> None:
-        self._buffers, self._spans, self._empty = buffers, spans, empty
+    def __init__(self, buffers: list[memoryview], spans: np.ndarray, empty: np.ndarray, parts: Parts | None = None) -> None:
+        self._buffers, self._spans, self._empty, self._parts = buffers, spans, empty, parts
 
     @classmethod
     def joined(cls, parts: Sequence[Texts]) -> Texts:
@@ -138,7 +157,9 @@ class Texts:
         buffers = [buffer for part in parts for buffer in part._buffers]
         firsts = itertools.accumulate([len(part._buffers) for part in parts], initial=0)
         spans = [part._spans + np.array([first, 0, 0]) for part, first in zip(parts, firsts, strict=False)]
-        return cls(buffers, np.concatenate(spans), np.concatenate([part._empty for part in parts]))
+        found = [part._parts for part in parts if part._parts is not None]
+        joined = found[0]._replace(bytes=np.concatenate([each.bytes for each in found])) if found else None
+        return cls(buffers, np.concatenate(spans), np.concatenate([part._empty for part in parts]), joined)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -149,7 +170,8 @@ class Texts:
 
     def take(self, rows: np.ndarray) -> Texts:
         """The texts of these rows, in this order."""
-        return Texts(self._buffers, self._spans[rows], self._empty[rows])
+        parts = self._parts and self._parts._replace(bytes=self._parts.bytes[rows])
+        return Texts(self._buffers, self._spans[rows], self._empty[rows], parts)
 
     def documents(self) -> Iterator[Documents]:
         """All documents, `DOCUMENTS_AT_ONCE` at a time, tokenized when they are asked for."""
@@ -158,6 +180,8 @@ class Texts:
 
     def _tokenized(self, first: int, stop: int) -> Documents:
         """The documents of rows `first` to `stop - 1`, in one call: the special token between them keeps them apart."""
+        if self._parts is not None:
+            return self._one_by_one(first, stop)
         try:
             spans = self._spans[first:stop].tolist()
             text = b"".join([self._buffers[buffer][start:end] for buffer, start, end in spans]).decode("utf-8")
@@ -171,18 +195,29 @@ class Texts:
         return Documents(tokens, np.concatenate([[0], ends]), odd)
 
     def _one_by_one(self, first: int, stop: int) -> Documents:
-        found, odd = [], {}
+        found, odd, completions = [], {}, []
         for row in range(first, stop):
             raw, not_utf8 = self[row], False
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError:
                 text, not_utf8 = raw.decode("utf-8", errors="replace"), True
-            found.append(document(text))
+            tokens = document(text)
+            found.append(tokens)
             oddity = OddRows(int(self._empty[row]), int(not_utf8), int(END_OF_TEXT_NAME in text))
+            if self._parts is not None:
+                question, asked, answer, answered = self._parts.bytes[row].tolist()
+                completions.append(first_token_after(tokens[:-1], _readable(raw[:asked])))
+                whole = all(_readable(part).strip() for part in (raw[question:asked], raw[answer:answered]))
+                oddity = oddity._replace(unanswered=int(not whole), too_long=int(whole and len(tokens) > self._parts.max_length))
             if any(oddity):
                 odd[row - first] = oddity
-        return Documents(np.concatenate(found), np.cumsum([0, *map(len, found)]), odd)
+        starts = np.cumsum([0, *map(len, found)])
+        return Documents(np.concatenate(found), starts, odd, np.array(completions, np.int64) if self._parts is not None else None)
+
+
+def _readable(raw: bytes) -> str:
+    return raw.decode("utf-8", errors="replace")
 
 
 def document(text: str) -> np.ndarray:

@@ -14,7 +14,9 @@ from model.config import DataConfig
 from model.errors import UserError
 from model.stream.locate import locate
 from model.stream.manifest import DataFile, DatasetManifest
+from model.stream.packing import Documents
 from model.stream.reader import Reader
+from model.stream.row_packing import packed, rows_of
 from model.stream.source import DamagedFile, open_parquet
 from model.stream.split import PARTS, as_bytes
 
@@ -102,19 +104,37 @@ def _check_columns(reader: Reader, file: DataFile, parquet: pq.ParquetFile) -> N
 
 
 def _tokens_per_sample(reader: Reader, files: list[DataFile]) -> float:
-    step = -(-len(files) // _SAMPLED_FILES)
-    lengths = [length for file in files[::step] for length in _first_lengths(reader, file)]
+    lengths = [length for documents in _first_documents(reader, files) for length in np.diff(documents.starts).tolist()]
     if not lengths:
         raise UserError(f"data.path: no text of {files[0].name} and others can be read; fetch them again")
     return round(sum(lengths) / len(lengths), 2)
 
 
-def _first_lengths(reader: Reader, file: DataFile) -> Iterator[int]:
-    left = _SAMPLED_TEXTS
-    for rows in reader.readable_samples(file, PARTS, reader.data.text_columns):
-        texts = reader.texts(rows.slice(0, left))
-        for documents in texts.documents():
-            yield from np.diff(documents.starts).tolist()
-        left -= len(texts)
-        if not left:
-            return
+def tokens_per_row(data: DataConfig, seed: int, manifest: DatasetManifest, one_each: bool) -> float:
+    """What a training sample takes of post-training's windows, in tokens: the mean over the first samples of some files, those that no window
+    holds with nothing. `one_each`: one a window.
+
+    Raises:
+        UserError: not one of them has an answer and fits a window.
+    """
+    rows = [row for documents in _first_documents(Reader(data, seed, rows=True), manifest.files) for row in rows_of(documents)]
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise UserError(
+            f"data.max_length: of the first {len(rows):,} samples none has an answer and fits {data.max_length} tokens; raise it, or look at "
+            "data.text_template: its first column asks, its last one answers"
+        )
+    return round(len(packed(kept, data.max_length, one_each)) * data.max_length / len(rows), 2)
+
+
+def _first_documents(reader: Reader, files: Sequence[DataFile]) -> Iterator[Documents]:
+    """The first texts of some of the files."""
+    step = -(-len(files) // _SAMPLED_FILES)
+    for file in files[::step]:
+        left = _SAMPLED_TEXTS
+        for rows in reader.readable_samples(file, PARTS, reader.data.text_columns):
+            texts = reader.texts(rows.slice(0, left))
+            yield from texts.documents()
+            left -= len(texts)
+            if not left:
+                break

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from model import disk
-from model.config import DataConfig
+from model.config import DataConfig, Windows
 from model.digest import digest_of
 from model.errors import UserError
 from model.stream.manifest import DatasetManifest
-from model.stream.packing import Packer
+from model.stream.packing import Documents, Packer
 from model.stream.reader import Reader
+from model.stream.row_packing import GROUP, packed, rows_of
 from model.stream.split import as_bytes, names_of
 
 Half = Literal["choose", "report"]
@@ -34,35 +37,54 @@ _FILES = 16
 """… taken from the beginnings of so many files."""
 
 
-def validation_windows(manifest: DatasetManifest, data: DataConfig, seed: int, count: int) -> np.ndarray:
-    """The first `count` windows of the validation half for choosing, in the dataset's order: uint16 [<= count, max_length + 1].
+def validation_windows(manifest: DatasetManifest, data: DataConfig, seed: int, count: int, kind: Windows = "text") -> np.ndarray:
+    """The first `count` windows of the validation half for choosing, in the dataset's order: uint16 [<= count, max_length + 1], or of rows
+    [<= count, 2, max_length].
 
     Raises:
         UserError: that half does not fill one window.
     """
-    reader, packer = Reader(data, seed), Packer(data.max_length)
-    windows: list[np.ndarray] = []
-    for file in manifest.files:
-        for rows in reader.readable_samples(file, ["choose"], data.text_columns):
-            for documents in reader.texts(rows).documents():
-                packer.add(documents)
-                while (found := packer.window()) is not None:
-                    windows.append(found[0])
-                    if len(windows) == count:
-                        return np.stack(windows)
+    found = _text_windows if kind == "text" else functools.partial(_row_windows, one_each=kind == "row")
+    windows = list(itertools.islice(found(manifest, Reader(data, seed, rows=kind != "text")), count))
     if not windows:
-        raise UserError(
-            f"data.train_ratio: what is left for validation does not fill one window of {data.max_length + 1} tokens; "
-            "lower data.train_ratio, or use more samples"
-        )
+        fill = f"fill one window of {data.max_length + 1} tokens"
+        fill = fill if kind == "text" else f"hold a sample with an answer that fits {data.max_length} tokens (data.max_length)"
+        raise UserError(f"data.train_ratio: what is left for validation does not {fill}; lower data.train_ratio, or use more samples")
     return np.stack(windows)
 
 
+def _documents(manifest: DatasetManifest, reader: Reader) -> Iterator[Documents]:
+    for file in manifest.files:
+        for rows in reader.readable_samples(file, ["choose"], reader.data.text_columns):
+            yield from reader.texts(rows).documents()
+
+
+def _text_windows(manifest: DatasetManifest, reader: Reader) -> Iterator[np.ndarray]:
+    packer = Packer(reader.data.max_length)
+    for documents in _documents(manifest, reader):
+        packer.add(documents)
+        while (found := packer.window()) is not None:
+            yield found[0]
+
+
+def _row_windows(manifest: DatasetManifest, reader: Reader, one_each: bool) -> Iterator[np.ndarray]:
+    rows = (row for documents in _documents(manifest, reader) for row in rows_of(documents) if row is not None)
+    while group := list(itertools.islice(rows, GROUP)):
+        yield from packed(group, reader.data.max_length, one_each)
+
+
 def cached_validation_windows(
-    path: Path, manifest: DatasetManifest, data: DataConfig, seed: int, count: int, warn: Callable[[str], None] = lambda message: None
+    path: Path,
+    manifest: DatasetManifest,
+    data: DataConfig,
+    seed: int,
+    count: int,
+    warn: Callable[[str], None] = lambda message: None,
+    kind: Windows = "text",
 ) -> np.ndarray:
     """`validation_windows`, read from `path` if they lie there whole and are these, else written there. `warn` is told of damage."""
-    key = digest_of([_CACHE_FORMAT, manifest.digest, data.model_dump(mode="json", exclude={"path", "revision", "cache"}), seed, count])
+    deciding = [_CACHE_FORMAT, manifest.digest, data.model_dump(mode="json", exclude={"path", "revision", "cache"}), seed, count]
+    key = digest_of(deciding if kind == "text" else [*deciding, kind])
     if path.exists():
         found, whole = None, False
         with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, "numpy") as file:
@@ -73,7 +95,7 @@ def cached_validation_windows(
                 return windows
         if not whole:
             warn(f"{path.name} is not as it was written; it is made again")
-    windows = validation_windows(manifest, data, seed, count)
+    windows = validation_windows(manifest, data, seed, count, kind)
     with contextlib.suppress(OSError):  # they are made again next time
         disk.write_file(path, save({"windows": windows}, {"key": key, "sha256": _seal(key, windows)}))
     return windows

@@ -22,6 +22,7 @@ from model.config import HardwareConfig, RunConfig
 from model.digest import digest_of
 from model.errors import UserError
 from model.gpt2 import GPT2
+from model.stream.row_packing import IGNORED
 from model.training.distributed import Ranks, placed_like, whole
 from model.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 
@@ -81,9 +82,9 @@ class Engine:
         """Loss and gradient of a step: mean loss (nats a token) over the global batch, norm of its gradient before clipping.
 
         Args:
-            windows: this rank's, uint16 [windows, max_length + 1]; may be none.
+            windows: this rank's, uint16 [windows, max_length + 1], or of rows [windows, 2, max_length]; may be none.
             step: number of the step, from 0.
-            targets: tokens that the global batch predicts, over all ranks.
+            targets: tokens of the global batch that are learned, over all ranks.
             rounds: micro-batches of the rank that has most. All ranks run as many: some of them none but for the exchange.
         """
         parts = list(windows.split(self.micro_batch)) if len(windows) else []
@@ -91,7 +92,7 @@ class Engine:
         for number in range(rounds):
             torch.manual_seed(int(digest_of([self.config.seed, step, number * self.ranks.size + self.ranks.rank])[:15], 16))
             empty = number >= len(parts)
-            part = windows.new_zeros((1, self.config.data.max_length + 1)) if empty else parts[number]
+            part = windows.new_zeros((1, *windows.shape[1:])) if empty else parts[number]
             with self._exchanging(number == rounds - 1):
                 loss = self._loss(part) / targets
                 (loss * (0 if empty else self.ranks.size)).backward()  # the exchange takes the mean over the ranks
@@ -115,8 +116,13 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, windows: Tensor) -> Tensor:
+        wanted_N = None
+        if windows.dim() == 3:
+            wanted_N = (windows[:, 1].int() != IGNORED).flatten().nonzero()[:, 0].to(self.device, non_blocking=True)
         tokens_BT = windows.to(self.device, non_blocking=True).long()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            if wanted_N is not None:
+                return self._network(tokens_BT[:, 0], tokens_BT[:, 1], wanted_N)
             return self._network(tokens_BT[:, :-1], tokens_BT[:, 1:])
 
     @contextlib.contextmanager
@@ -143,7 +149,8 @@ class Engine:
 
     def _fitting(self) -> int:
         """How many windows fit the GPU's memory at once, from the peaks with one and with two."""
-        windows = torch.zeros((2, self.config.data.max_length + 1), dtype=torch.uint16)
+        length = self.config.data.max_length
+        windows = torch.zeros((2, length + 1) if self.config.windows == "text" else (2, 2, length), dtype=torch.uint16)
         self._network = self.model
         peaks = []
         for count in (1, 1, 2):  # the first one also makes what is made once

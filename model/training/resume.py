@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from model import disk
-from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole, is_name, name_of, open_checkpoint, step_of
-from model.config import ForkOf, RunConfig
-from model.digest import digest_of
+from model.checkpoint.store import MANIFEST, MODEL, Checkpoint, CheckpointStore, NotWhole, is_name, name_of, open_checkpoint, step_of
+from model.config import Base, ForkOf, RunConfig
+from model.digest import digest_of, file_sha256
 from model.errors import NoWholeCheckpoint, UserError
 from model.run_folder import RunFolder
 from model.training.journal import Event, read_current
@@ -34,6 +34,8 @@ class Start:
     """Whether the optimizer's state in `checkpoint` is of use."""
     same_data: bool = True
     """Whether the place in the data is."""
+    base: Path | None = None
+    """The folder with the weights that a post-training begins with, and seals as its own first checkpoint; None: it has checkpoints."""
     messages: list[tuple[str, str]] = field(default_factory=list)
     """Warnings for the journal: kind, text."""
 
@@ -44,10 +46,10 @@ def find_start(folder: RunFolder, config: RunConfig, named: Path | None) -> Star
     Args:
         folder: the run's.
         config: the run's.
-        named: where the checkpoint lies that `checkpoint_to_resume` or `fork_of` names, if not in this run.
+        named: where that lies which `checkpoint_to_resume`, `fork_of` or `post_training` names, if not in this run.
 
     Raises:
-        UserError: what lies there is another configuration's, or `checkpoint_to_resume` is not there, or not whole.
+        UserError: what lies there is another configuration's, or what is named is not there, or not whole.
         NoWholeCheckpoint: there were checkpoints, and none is whole. Training never starts again silently.
     """
     CheckpointStore(folder.checkpoints).sweep()
@@ -58,6 +60,8 @@ def find_start(folder: RunFolder, config: RunConfig, named: Path | None) -> Star
     start.checkpoint = _starting_checkpoint(folder, config, named, lambda message: start.messages.append(("checkpoint", message)))
     if start.checkpoint is None and config.checkpoint.fork_of is not None:
         _fork(start, config, config.checkpoint.fork_of, named)
+    if start.checkpoint is None and config.post_training is not None:
+        start.base = _base_folder(config.post_training.base, named)
     if start.checkpoint is not None:
         _must_have_steps_left(folder, config, start.checkpoint)
     if start.checkpoint is not None and start.fork is None and (gap := _gap(folder, config, start.checkpoint)):
@@ -206,6 +210,25 @@ def _fork(start: Start, config: RunConfig, fork: ForkOf, named: Path | None) -> 
     start.same_data = _order_of_data(config) == _order_of_data(parent)
 
 
+def _base_folder(base: Base, named: Path | None) -> Path:
+    """Where the base lies, in a checkpoint or in an export; every byte is verified."""
+    field = "post_training.base"
+    if named is None:
+        raise UserError(f"{field}: {base.source} ({base.digest[:12]}) is nowhere to be found; bring it back (gpt2 restore), or name another")
+    try:
+        if (named / MANIFEST).exists():
+            checkpoint = open_checkpoint(named)
+            checkpoint.verify()
+            found = checkpoint.digest
+        else:
+            found = file_sha256(named / MODEL)
+    except (NotWhole, OSError) as error:
+        raise UserError(f"{field}: {error}; bring it back, or name another") from None
+    if found != base.digest:
+        raise UserError(f"{field}: {named} holds another network than {base.source} ({base.digest[:12]}); bring that back, or name another")
+    return named
+
+
 def _order_of_data(config: RunConfig) -> str:
     identity = config.identity
     return digest_of([identity["data"], identity["dataset"]["digest"], config.seed, config.global_batch])
@@ -231,7 +254,7 @@ def _gap(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint) -> str | 
 
 
 def rewind_after_spike(folder: RunFolder, config: RunConfig, step: int) -> Checkpoint | None:
-    """The regular checkpoint at or before `step`, to go back to (or what a fork began with); None: the beginning. Later ones are set aside.
+    """The regular checkpoint at or before `step`, to go back to (or what a fork or a post-training began with); None: random weights. Later ones are set aside.
 
     Raises:
         NoWholeCheckpoint: it is not there or not whole. Another one would make the run depend on its faults.
@@ -239,7 +262,7 @@ def rewind_after_spike(folder: RunFolder, config: RunConfig, step: int) -> Check
     every, fork = config.checkpoint.save_every_n_iterations, config.checkpoint.fork_of
     step = max(step // every * every, step_of(fork.checkpoint) if fork is not None else 0)
     store, target = CheckpointStore(folder.checkpoints), None
-    if step:
+    if step or config.post_training is not None:
         try:
             target = open_checkpoint(folder.checkpoints / name_of(step))
             target.verify()

@@ -209,7 +209,7 @@ class Saver:
     def _retain(self, losses: dict[int, float]) -> None:
         try:
             self._fence()
-            retain(self.store, self._config.checkpoint, losses, self._folder)
+            retain(self.store, self._config.checkpoint, losses, self._folder, with_base=self._config.post_training is not None)
         except UserError:
             return
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -62,7 +62,7 @@ class Trainer:
         ranks: who trains together.
         stop: asks this rank to stop.
         fence: asked before anything is written.
-        named: where the checkpoint lies that `checkpoint_to_resume` or `fork_of` names, if not in this run.
+        named: where that lies which `checkpoint_to_resume`, `fork_of` or `post_training` names, if not in this run.
     """
 
     def __init__(
@@ -95,18 +95,22 @@ class Trainer:
         self._stop_told = threading.Lock()
         self._warm = False
         """Whether this process has taken a step."""
+        if start.base is not None:
+            self.engine.load(read_weights(start.base / MODEL), {})
         own = start.checkpoint if start.fork is None else None
         self.resumed_from = own.name if own is not None else None
         self.saver = Saver(folder, self.config, self.engine, ranks, self.journal, own, fence)
         self.validator = Validator(folder, self.config, self.manifest, self.engine, self.journal)
         self._tell_start(start)
         self.losses: dict[int, float] = ranks.from_first(self._read_losses)
-        if start.fork is not None:
+        if start.fork is not None or start.base is not None:
             self._save()
 
     def _tell_start(self, start: Start) -> None:
-        fork = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
-        self._record_start(start.checkpoint if start.fork is None else None, **fork)
+        told = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
+        if start.base is not None and self.config.post_training is not None:
+            told["post_trains"] = self.config.post_training.base.model_dump()
+        self._record_start(start.checkpoint if start.fork is None else None, **told)
         for kind, message in start.messages + ([("journal", self.journal.damage)] if self.journal.damage else []):
             self.journal.warn(self.step, kind, message)
 
@@ -175,29 +179,31 @@ class Trainer:
             self.config.global_batch,
             training.num_epochs,
             self.stream_state,
+            windows=self.config.windows,
             rank=self.ranks.rank,
             world_size=self.ranks.size,
             threads=_loader_threads(),
             cache=self.folder.token_caches if self.config.data.cache else None,
             stopping=lambda: bool(self.stop),
         )
-        if self.step and self._validation_due():
-            self._validate()  # the stop that we resume from may have cut it short
+        if (self.step or self.config.post_training is not None) and self._validation_due():
+            self._validate()  # of the base, or what the stop that we resume from may have cut short
         with contextlib.closing(windows):
             while not self._finished():
                 began = time.perf_counter()
                 batch = self._next(windows)
                 waited = time.perf_counter() - began
                 epoch = batch.epoch if batch is not None else training.num_epochs
-                told = self.ranks.gather(len(batch.windows) if batch is not None else 0, epoch, bool(self.stop), len(windows.warnings))
-                counts, epochs, stops, warnings = zip(*told, strict=True)
+                mine = (len(batch.windows), batch.read, batch.learned) if batch is not None else (0, 0, 0)
+                told = self.ranks.gather(*mine, epoch, bool(self.stop), len(windows.warnings))
+                counts, read, learned, epochs, stops, warnings = zip(*told, strict=True)
                 if any(warnings):
                     self._warn(windows)
                 if any(stops):
                     self._leave()
                 if batch is None or not any(counts):
                     break
-                self._train_step(batch, list(counts), min(epochs), began, waited)
+                self._train_step(batch, list(counts), sum(read), sum(learned), min(epochs), began, waited)
                 if not self._warm:
                     warming_up.close()  # from now on there is something to save
                     self.saver.prepare()
@@ -236,13 +242,13 @@ class Trainer:
     def _finished(self) -> bool:
         return self.config.training.max_steps is not None and self.step >= self.config.training.max_steps
 
-    def _train_step(self, batch: Batch, counts: list[int], epoch: int, began: float, waited: float) -> None:
-        """One optimizer step on a global batch of which each rank has `counts` windows; `began` is when it began to wait for it."""
+    def _train_step(self, batch: Batch, counts: list[int], read: int, learned: int, epoch: int, began: float, waited: float) -> None:
+        """One optimizer step on a global batch of which each rank has `counts` windows, and all of them so many tokens that are `read`, of
+        which so many are `learned`; `began` is when it began to wait for it."""
         training, engine = self.config.training, self.engine
         factor = learning_rate_factor(self.step, training, self.config.total_steps)
-        targets = sum(counts) * self.config.data.max_length
         rounds = math.ceil(max(counts) / engine.micro_batch)
-        loss, norm = engine.accumulate(batch.windows, self.step, targets, rounds)
+        loss, norm = engine.accumulate(batch.windows, self.step, learned, rounds)
         try:
             verdict = self.bad_steps.judge(self.step + 1, loss, norm)
         except TooManyBadSteps as error:
@@ -255,7 +261,7 @@ class Trainer:
             return
         norms: dict[str, Any] = {}
         self.step += 1
-        self.tokens += targets
+        self.tokens += read
         if verdict == "skip":
             engine.discard()
             self.journal.warn(self.step, "bad step", f"skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
@@ -277,10 +283,11 @@ class Trainer:
             gradient_norm=_finite(norm),
             skipped_steps=self.bad_steps.skipped,
             tokens=self.tokens,
-            tokens_per_s=round(targets / seconds),
+            tokens_per_s=round(read / seconds),
+            **({"completion_tokens": learned} if self.config.post_training is not None else {}),
             step_time_s=round(seconds, 4),
             data_wait_share=round(waited / seconds, 4),
-            **self._utilisation(targets / seconds),
+            **self._utilisation(read / seconds),
             **norms,
         )
 

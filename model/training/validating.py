@@ -12,7 +12,7 @@ from model.generation import answer
 from model.run_folder import RunFolder
 from model.stream.manifest import DatasetManifest
 from model.stream.validation import cached_validation_windows
-from model.tokenizer import decode
+from model.tokenizer import END_OF_TEXT, decode
 from model.training.engine import Engine
 from model.training.journal import Journal, Silence
 
@@ -33,13 +33,13 @@ class Validator:
     def __init__(self, folder: RunFolder, config: RunConfig, manifest: DatasetManifest, engine: Engine, journal: Journal | Silence) -> None:
         self._folder, self._config, self._manifest, self._engine, self._journal = folder, config, manifest, engine, journal
         self.windows: np.ndarray | None = None
-        """uint16 [windows, max_length + 1]: what `read_windows` returns, here or on the first rank."""
+        """What `read_windows` returns, here or on the first rank."""
 
     def read_windows(self) -> np.ndarray:
-        """The windows to validate on, uint16 [windows, max_length + 1]."""
+        """The windows to validate on, uint16 [windows, max_length + 1], or of rows [windows, 2, max_length]."""
         count = self._config.training.eval_iters * self._config.training.batch_size
         path, data, seed = self._folder.validation_windows, self._config.data, self._config.seed
-        return cached_validation_windows(path, self._manifest, data, seed, count, self._warn)
+        return cached_validation_windows(path, self._manifest, data, seed, count, self._warn, self._config.windows)
 
     def _warn(self, message: str) -> None:
         self._journal.warn(0, "stream", message)
@@ -61,7 +61,8 @@ class Validator:
 
     def _prompt(self, window: np.ndarray) -> str:
         """The beginning of the first held-out document, up to where the network has something to say."""
-        text = decode(window.tolist())
+        tokens = window[0][window[0] != END_OF_TEXT] if window.ndim == 2 else window
+        text = decode(tokens.tolist())
         literal = self._config.data.prompt_template.rpartition("}")[2]
         end = text.find(literal) + len(literal) if literal and literal in text else 40
         return text[: max(1, end)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -17,8 +17,10 @@ from tasks.project import Project
 def fields(kind: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
     for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= fields(field.annotation, f"{prefix}{name}.")
+        kinds = (field.annotation, *get_args(field.annotation))
+        sections = [each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)]
+        if sections:
+            found |= fields(sections[0], f"{prefix}{name}.")
         else:
             found.add(prefix + name)
     return found
