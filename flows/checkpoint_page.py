@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tasks.overview import champion_line, checkpoint_list, example_question
+from tasks.overview import champion_line, checkpoint_list, example_question, gain_line
+from tasks.post_training import tuned_from
 from tasks.project import Project
 
 
@@ -17,7 +18,12 @@ def print_result(project: Project, name: str) -> None:
     console.print()
     print_checkpoints(project, name, checkpoint_list(project, name))
     console.print("\nNext:")
-    suggestions = {
+    suggestions = {}
+    if project.is_post_training(name):
+        suggestions[f"gpt2 chat {name}"] = "the champion answers"
+    elif tuned := tuned_from(project, name):
+        suggestions[f"gpt2 post-train {tuned[0] if len(tuned) > 1 else name}"] = "the champion learns to answer"
+    suggestions |= {
         f'gpt2 generate {name} "{example_question(project, name)}"': "the champion writes on",
         f"gpt2 checkpoints {name} --verify": "is every byte as it was written?",
         f"gpt2 export {name} exported/": "the champion for transformers",
@@ -35,6 +41,8 @@ def print_checkpoints(project: Project, name: str, rows: list[dict[str, Any]]) -
     if scored is not None:
         console.print(Text(legend(scored), style="dim"))
     if line := champion_line(project, name):
+        console.print(Text(line[0].upper() + line[1:]))
+    if line := gain_line(project, name):
         console.print(Text(line[0].upper() + line[1:]))
 
 
@@ -63,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             _share(row, "exact_match"),
             _share(row, "format_adherence").partition(" ")[0],
             row["version"] or "",
-            " ".join(mark for mark, marked in (("★", row["champion"]), ("best", row["best"])) if marked),
+            _marks(row),
             "yes" if row["whole"] else "NO",
         )
     return made
@@ -74,7 +82,7 @@ def cells(row: dict[str, Any]) -> dict[str, Any]:
     1,280 pixels wide cuts off what follows the version."""
     return {
         "checkpoint": row["name"],
-        "mark": " ".join(mark for mark, marked in (("★", row["champion"]), ("best", row["best"])) if marked),
+        "mark": _marks(row),
         "text": _bits(row, "text_bits_per_byte"),
         "answer": _bits(row, "answer_bits_per_byte"),
         "exact": _share(row, "exact_match"),
@@ -83,6 +91,10 @@ def cells(row: dict[str, Any]) -> dict[str, Any]:
         "why": row["reason"] or "",
         "digest": row["digest"] or "",
     }
+
+
+def _marks(row: dict[str, Any]) -> str:
+    return " ".join(mark for mark, marked in (("base", row["base"]), ("★", row["champion"]), ("best", row["best"])) if marked)
 
 
 def _bits(row: dict[str, Any], key: str) -> str:

@@ -15,8 +15,8 @@ def post_train(experiment: str, overrides: Changes | None = None) -> State[objec
     """Fine-tune a trained network on questions with their answers, register its checkpoints as a model of their own, evaluate each beside
     the base, and push all of it to the external storage.
 
-    It begins with the version that `post_training.base` names; if an alias has moved to another one since, it begins anew with that. What is
-    up to date is skipped, what was interrupted goes on. Deployed, it trains on the pool `gpu`, else in this process.
+    It begins with the version that `post_training.base` names; if an alias has moved to another one since, it begins anew with that.
+    What is up to date is skipped, what was interrupted goes on. Deployed, it trains on the pool `gpu`, else in this process.
 
     Args:
         experiment: its name in params.yaml: one with `post_training`.

@@ -19,7 +19,8 @@ from tasks.project import find_project
 @flow(name="resume", flow_run_name="resume")
 @ends_by_itself
 def resume(flow_run: str) -> State[Any]:
-    """Start a crashed run of `train-gpt2` or `post-train` again, with the same parameters, as often as its experiment's `orchestration.auto_resume` says.
+    """Start a crashed run of `train-gpt2` or `post-train` again, with the same parameters, as often as its experiment's
+    `orchestration.auto_resume` says.
 
     A run that somebody cancelled, began again by hand, or that no worker runs, is left as it is.
 

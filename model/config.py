@@ -446,6 +446,11 @@ class RunConfig(Section):
     """What it begins with if it is a post-training; not there if it begins with random weights."""
 
     @property
+    def begins_with(self) -> ForkOf | Base | None:
+        """What it begins with in the place of random weights."""
+        return self.post_training.base if self.post_training is not None else self.checkpoint.fork_of
+
+    @property
     def windows(self) -> Windows:
         """What its windows hold."""
         if self.post_training is None:

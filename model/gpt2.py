@@ -191,9 +191,7 @@ class GPT2(nn.Module):
         return SummedCrossEntropy.apply(x_ND, self.wte.weight, targets_N, torch.is_grad_enabled())
 
     @torch.no_grad()
-    def token_losses(
-        self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None, apart: bool = False
-    ) -> Tensor:
+    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, wanted_BT: Tensor | None = None, apart: bool = False) -> Tensor:
         """Cross-entropy (nats, fp32) of each target that is `wanted` (all by default), in one row; for evaluation. `apart`: the tokens are
         rows side by side, none of which sees another."""
         wanted_BT = torch.ones_like(targets_BT, dtype=torch.bool) if wanted_BT is None else wanted_BT

@@ -175,8 +175,8 @@ def read_frame(folder: Path) -> Frame | None:
 
 
 def read_split(folder: Path) -> dict[str, Any]:
-    """How an exported folder says that rows were held out when it was trained: `seed`, and fields of the data config; nothing if it does not
-    say."""
+    """How an exported folder says that rows were held out when it was trained: `seed`, and fields of the data config; nothing if it does
+    not say."""
     ours = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(OURS)
     found = ours.get("split") if isinstance(ours, dict) else None
     return {key: found[key] for key in ("seed", "split_by", "train_ratio") if key in found} if isinstance(found, dict) else {}
@@ -187,8 +187,8 @@ def export(
 ) -> None:
     """Write what `AutoModelForCausalLM` and `AutoTokenizer` load: weights, config, generation config, tokenizer, and `readme` as README.md.
 
-    With a `frame` the folder also says how a question is put: to `gpt2 chat`, and as the tokenizer's chat template. With a `split`, how rows
-    were held out: to a post-training that begins with it.
+    With a `frame` the folder also says how a question is put: to `gpt2 chat`, and as the tokenizer's chat template. With a `split`, how
+    rows were held out: to a post-training that begins with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / MODEL)

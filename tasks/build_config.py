@@ -46,7 +46,7 @@ def build_config(project: Project, name: str) -> None:
 
 
 def resolved(experiment: Experiment, manifest: DatasetManifest, base: Base | None = None) -> RunConfig:
-    """The experiment with its data known: the revision pinned, the steps of its epochs estimated. `base`: what a post-training begins with."""
+    """The experiment with its data known: the revision pinned, the steps of its epochs estimated. `base`: of a post-training."""
     training, data = experiment.training, experiment.data
     length = manifest.tokens_per_sample
     post_training = None

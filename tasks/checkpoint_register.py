@@ -50,7 +50,7 @@ def checkpoint_register(project: Project, name: str) -> None:
     client = tracking.connect(project, project.experiment(name))
     run_id = tracking.training_run(client, project, name, config)
     with FileLock(folder.path / ".register.lock", timeout=tracking.LOCK_TIMEOUT_S):
-        _ensure_registered_model(client, name)
+        _ensure_registered_model(client, name, config)
         # The oldest version counts if someone else registered a checkpoint twice.
         versions = {version.digest: version for version in reversed(tracking.versions(client, name))}
         is_new = any(checkpoint.digest not in versions for checkpoint in checkpoints)
@@ -84,11 +84,17 @@ def checkpoint_register(project: Project, name: str) -> None:
     disk.write_file(folder.registered, (json.dumps(entries, indent=1) + "\n").encode())
 
 
-def _ensure_registered_model(client: MlflowClient, name: str) -> None:
+def _ensure_registered_model(client: MlflowClient, name: str, config: RunConfig) -> None:
     from mlflow import MlflowException
 
+    what = "GPT-2, one version a checkpoint; the champion rule moves the alias champion."
+    if config.post_training is not None:
+        base = run_page.words_for(config.post_training.base)
+        what = (
+            f"{what} Post-training, begun with {base}: step 0 is what it began with, and the tags base and base_digest say what that was."
+        )
     try:
-        client.create_registered_model(name, description="GPT-2, one version a checkpoint; the champion rule moves the alias champion.")
+        client.create_registered_model(name, description=what)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -105,6 +111,7 @@ def _register(
         "config_digest": config.digest,
         "dataset_digest": config.dataset.digest,
         IDENTITY_TAG: config.data_identity,
+        **tracking.base_tags(config),
     }
     model = _logged_model(client, project, checkpoint, config, run_id, tags, validation)
     with _default_uri(client.tracking_uri):

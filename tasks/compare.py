@@ -92,7 +92,7 @@ def compare(project: Project, a: str, b: str) -> Comparison:
     device = pick_device(project.experiment(one.experiment).hardware.device)
     scores = [_scores(project, (one.experiment, other.experiment), which.checkpoint, items, device) for which in (one, other)]
     winner, verdict = _winner(*map(Evidence.of, scores))
-    return Comparison(str(one), str(other), one.checkpoint.digest, other.checkpoint.digest, list(_figures(*scores)), winner, verdict)
+    return Comparison(str(one), str(other), one.checkpoint.digest, other.checkpoint.digest, list(figures(*scores)), winner, verdict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def _winner(a: Evidence, b: Evidence) -> tuple[str | None, str]:
     return None, f"whichever is champion {verdict.reason}"
 
 
-def _figures(a: Scores, b: Scores) -> Iterator[Figure]:
+def figures(a: Scores, b: Scores) -> Iterator[Figure]:
+    """Each figure of two checkpoints that were scored on the same items, and the difference with its interval."""
     ours, theirs = ([row for row in scores.items if row["half"] == "report"] for scores in (a, b))
     for key, (value, weight) in ITEM_FIGURES.items():
         paired = [(row, value(row), value(other)) for row, other in zip(ours, theirs, strict=True)]

@@ -13,6 +13,7 @@ from model.flops import parameters_by_kind
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from tasks.project import read_json
+from tasks.run_page import words_for
 
 _SCORES = {
     "text_bits_per_byte": "bits per byte of the text",
@@ -48,7 +49,7 @@ def model_card(checkpoint: Checkpoint) -> str:
     row: dict[str, Any] = next((row for row in scores.get("checkpoints", []) if row.get("digest") == checkpoint.digest), {})
     title = f"GPT-2 from scratch: {run.experiment if run else checkpoint.path.parent.name}, step {int(state['step']):,}"
     parts = [_front_matter(config), f"# {title}", _introduction(checkpoint, config, state), _use(config)]
-    parts += [_scores(row, scores, config), _LIMITS, _lineage(checkpoint, run, config, state), _training(config)]
+    parts += [_scores(row, scores, config), _limits(config), _lineage(checkpoint, run, config, state), _training(config)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -65,9 +66,12 @@ def _front_matter(config: RunConfig) -> str:
 def _introduction(checkpoint: Checkpoint, config: RunConfig, state: dict[str, Any]) -> str:
     shape = config.model
     tokens = f" on {state['tokens']:,} tokens" if isinstance(state.get("tokens"), int) else ""
+    made = "pre-trained from random weights"
+    if config.post_training is not None:
+        made = f"which began as {_code(words_for(config.post_training.base))} and was fine-tuned to answer"
     return (
         f"A GPT-2 with {parameters_by_kind(shape).total:,} parameters ({shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} heads, "
-        f"context {shape.context_length}), pre-trained from random weights{tokens} of {_code(redacted(config.data.path))}. "
+        f"context {shape.context_length}), {made}{tokens} of {_code(redacted(config.data.path))}. "
         f"This is {_code(checkpoint.name)} of its training, exported by gpt2-from-scratch."
     )
 
@@ -122,11 +126,17 @@ def _interval(key: str, interval: Sequence[float] | None) -> str:
     return f"{_figure(key, interval[0])} to {_figure(key, interval[1])}" if interval else ""
 
 
+def _limits(config: RunConfig) -> str:
+    untuned = "It writes on; it was not tuned to follow instructions, to converse, or to refuse."
+    tuned = "It answers single questions of the kind in its data; it was not tuned to converse, or to refuse."
+    return _LIMITS.format(untuned if config.post_training is None else tuned)
+
+
 _LIMITS = """## Intended use and limits
 
-For studying pre-training: how a small language model learns, and what it can and cannot do after how many tokens. It writes on; it was not
-tuned to follow instructions, to converse, or to refuse. What it says may be wrong, made up, biased or offensive, as its data may be. Each
-question stands alone. Use it for no decision about people, and publish nothing that it wrote unread.
+For studying pre-training: how a small language model learns, and what it can and cannot do after how many tokens. {}
+What it says may be wrong, made up, biased or offensive, as its data may be. Each question stands alone. Use it for no decision about
+people, and publish nothing that it wrote unread.
 
 License: the data decide, see the dataset. The code that trained it is Apache-2.0."""
 
@@ -148,16 +158,16 @@ def _lineage(checkpoint: Checkpoint, run: RunFolder | None, config: RunConfig, s
         "dataset digest": config.dataset.digest,
         "filter": config.data.filter,
         "samples an epoch": f"{config.dataset.samples:,}, of which {config.dataset.train_samples:,} are trained on",
-        "begun with": _forked(config),
+        "begun with": _begun(config),
         "code": f"{code['commit']}{changed}" if code.get("commit") else None,
         "versions": versions or None,
     }
     return "## Lineage\n\n" + _table(("what", "value"), [(key, _code(value)) for key, value in rows.items() if value])
 
 
-def _forked(config: RunConfig) -> str | None:
-    fork = config.checkpoint.fork_of
-    return f"{fork.checkpoint} of {fork.experiment}, {fork.digest}" if fork else None
+def _begun(config: RunConfig) -> str | None:
+    begun = config.begins_with
+    return f"{words_for(begun)}, {begun.digest}" if begun else None
 
 
 def _training(config: RunConfig) -> str:

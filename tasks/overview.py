@@ -8,11 +8,13 @@ import psutil
 
 from model.checkpoint.store import CheckpointStore, NotWhole, open_checkpoint, step_of
 from model.config import RunConfig
+from model.evaluation.score_store import stored_scores
 from model.params import read_yaml, validated
 from model.run_folder import RunFolder
 from model.training.identity import code_identity
 from model.training.journal import Event, read_current
 from tasks import versioning
+from tasks.compare import figures
 from tasks.project import Project, read_json
 
 Row = dict[str, Any]
@@ -26,17 +28,19 @@ SCORES = (
 
 
 def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[Row]:
-    """The run's checkpoints, oldest first: name, step, digest, model_sha256, whole, champion, best, version, and SCORES if it is evaluated.
+    """The run's checkpoints, oldest first: name, step, digest, model_sha256, whole, champion, best, version, base, and SCORES if it is
+    evaluated.
 
     `whole` means that all files are there in their sizes; with `verify` every byte is read. A digest is None where no manifest can be read,
-    version is None where a checkpoint is not registered, a score is None where it is not evaluated.
+    version is None where a checkpoint is not registered, a score is None where it is not evaluated. `base` marks what a post-training began
+    with.
     """
     folder = project.run_folder(name)
     versions = {entry["digest"]: entry["version"] for entry in read_json(folder.registered) or []}
     scores = read_json(folder.scores) or {}
     marked = {alias: (scores.get(alias) or {}).get("digest") for alias in ("champion", "best")}
     scored = {entry["digest"]: entry for entry in scores.get("checkpoints", [])}
-    rows = []
+    rows, post_training = [], project.is_post_training(name)
     for path in CheckpointStore(folder.checkpoints).folders():
         row: Row = {"name": path.name, "step": step_of(path.name), "digest": None, "model_sha256": None, "whole": False}
         try:
@@ -50,6 +54,7 @@ def checkpoint_list(project: Project, name: str, verify: bool = False) -> list[R
         digest = row["digest"]
         row |= {alias: digest is not None and digest == marks for alias, marks in marked.items()}
         row["version"] = versions.get(digest)
+        row["base"] = post_training and row["step"] == 0
         row |= {score: scored.get(digest, {}).get(score) for score in SCORES}
         rows.append(row)
     return rows
@@ -62,6 +67,27 @@ def steps_to_go(project: Project, name: str) -> tuple[int, int] | None:
         return None
     total = validated(RunConfig, read_yaml(folder.config), folder.config.name).total_steps
     return max((step_of(path.name) for path in CheckpointStore(folder.checkpoints).folders()), default=0), total
+
+
+def gain_line(project: Project, name: str) -> str | None:
+    """What a post-training's champion has over its base, in a line; None of other trainings, and where the two are not scored."""
+    folder = project.run_folder(name)
+    rows = (read_json(folder.scores) or {}).get("checkpoints", [])
+    base = next((row for row in rows if row["step"] == 0), None)
+    champion = next((row for row in rows if row["champion"]), None)
+    if not project.is_post_training(name) or base is None or champion is None or champion is base:
+        return None
+    scores = [stored_scores(folder.evaluation, row["key"]) for row in (base, champion)]
+    if scores[0] is None or scores[1] is None:
+        return None
+    found = {figure.key: figure for figure in figures(scores[0], scores[1])}
+    told = []
+    for key, what, scale, digits, unit in (("answer_bits_per_byte", "answer", 1, 3, ""), ("exact_match", "exact", 100, 0, " points")):
+        figure = found.get(key)
+        if figure is not None and figure.difference is not None:
+            low, high = (f"{scale * end:+.{digits}f}" if end is not None else "?" for end in (figure.low, figure.high))
+            told.append(f"{what} {scale * figure.difference:+.{digits}f}{unit} (95 % interval {low} to {high})")
+    return f"against its base, on the same items: {'; '.join(told)}" if told else None
 
 
 def champion_line(project: Project, name: str) -> str | None:

@@ -14,7 +14,7 @@ from model.params import merge
 from model.training.journal import read_current
 from tasks import tracking
 from tasks.model_card import run_of
-from tasks.project import Project
+from tasks.project import Project, read_json
 from tasks.starting_point import find_whole
 
 FIELD = "post_training.base"
@@ -37,14 +37,19 @@ def named(project: Project, name: str) -> str:
     project.experiment(name)
     if project.is_post_training(name):
         return name
-    tuned = [each for each in project.experiment_names() if base_model(project, each) == name]
+    tuned = tuned_from(project, name)
     if len(tuned) == 1:
         return tuned[0]
     if tuned:
         raise UserError(f"{name}: several post-trainings begin with it: {', '.join(tuned)}; name one of them")
     raise UserError(
-        f"{name}: no post-training begins with it; add an experiment with `post_training: {{base: {REGISTRY}{name}@champion}}` to params.yaml"
+        f"{name}: no post-training begins with it; add an experiment to params.yaml with post_training: {{base: {REGISTRY}{name}@champion}}"
     )
+
+
+def tuned_from(project: Project, name: str) -> list[str]:
+    """The post-trainings of params.yaml that begin with the model `name`."""
+    return [each for each in project.experiment_names() if base_model(project, each) == name]
 
 
 def base_model(project: Project, name: str) -> str | None:
@@ -57,11 +62,21 @@ def base_model(project: Project, name: str) -> str | None:
     return base.removeprefix(REGISTRY).replace("@", "/").partition("/")[0] if base.startswith(REGISTRY) else None
 
 
+def answering(project: Project, name: str) -> str:
+    """Who answers for an experiment: the only post-training that begins with its model and has a champion; else itself."""
+    if name not in project.experiment_names() or project.is_post_training(name):
+        return name
+    answers = [each for each in tuned_from(project, name) if (read_json(project.run_folder(each).scores) or {}).get("champion")]
+    return answers[0] if len(answers) == 1 else name
+
+
 def check_is_one(project: Project, name: str) -> None:
     """Refuse an experiment that begins with random weights."""
     project.experiment(name)
     if not project.is_post_training(name):
-        raise UserError(f"{name} begins with random weights: gpt2 train {name}; post-training needs post_training.base in its entry of params.yaml")
+        raise UserError(
+            f"{name} begins with random weights: gpt2 train {name}; post-training needs post_training.base in its entry of params.yaml"
+        )
 
 
 def check_is_none(project: Project, name: str) -> None:
@@ -165,7 +180,9 @@ def _folder(project: Project, given: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # NUL, too long, nobody's home, …
         there = False
     if not there:
-        raise UserError(f"{FIELD}: {given[:200]!r} is neither a registered version ({REGISTRY}NAME@champion) nor the folder of a checkpoint or an export")
+        raise UserError(
+            f"{FIELD}: {given[:200]!r} is neither a registered version ({REGISTRY}NAME@champion) nor a checkpoint's or an export's folder"
+        )
     return folder
 
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.config import RunConfig
+from model.config import Base, ForkOf, RunConfig
 from model.errors import UserError
 from model.run_folder import RunFolder
 from model.secrets import redacted
@@ -50,6 +50,11 @@ def name_of(experiment: str, config: RunConfig) -> str:
     return f"{experiment} {first}-{config.total_steps} (seed {config.seed}, {config.digest[:8]})"
 
 
+def words_for(begun: ForkOf | Base) -> str:
+    """`step_00000900 of quickstart`, or the folder of an export."""
+    return f"{begun.checkpoint} of {begun.experiment}" if begun.experiment else redacted(begun.source if isinstance(begun, Base) else "")
+
+
 def md5_of(config: Path) -> str:
     """What dvc.lock calls this file."""
     return hashlib.md5(config.read_bytes(), usedforsecurity=False).hexdigest()
@@ -81,7 +86,7 @@ def refresh(
         name: the experiment's.
         tags: what they should be.
         storage: where its checkpoints are kept.
-        parent: what a fork begins with, if MLflow has it.
+        parent: what a fork or a post-training begins with, if MLflow has it.
         begins: the training itself asks; others write what is missing, but say nothing anew.
     """
     from mlflow.entities import RunTag
@@ -105,7 +110,8 @@ def _description(run: Run, name: str, config: RunConfig, storage: str, parent: L
     """Markdown. Links begin with #: they hold wherever MLflow's pages are served."""
     page = f"#/experiments/{run.info.experiment_id}"
     training, windows = config.training, f"{config.global_batch} windows of {config.data.max_length} tokens"
-    what = f"GPT-2 on `{redacted(config.data.path)[:500]}`: {config.total_steps:,} steps of {windows}"
+    kind = "Post-training" if config.post_training else "GPT-2"
+    what = f"{kind} on `{redacted(config.data.path)[:500]}`: {config.total_steps:,} steps of {windows}"
     links = [
         ("report", f"{page}/runs/{run.info.run_id}/artifacts/report/report.html{_VIEW}"),
         ("checkpoints and scores", f"{page}/models{_VIEW}"),
@@ -113,9 +119,9 @@ def _description(run: Run, name: str, config: RunConfig, storage: str, parent: L
     ]
     if flow_run:
         links.append(("flow run in Prefect", flow_run))
-    fork, begins_with = config.checkpoint.fork_of, ""
-    if fork:
-        begins_with = f"{fork.checkpoint} of {fork.experiment}"
+    begun, begins_with = config.begins_with, ""
+    if begun:
+        begins_with = words_for(begun)
         if parent:
             begins_with = f"[{begins_with}](#/experiments/{parent.experiment_id}/models/{parent.model_id}{_VIEW})"
         begins_with = f" It begins with {begins_with}."
@@ -128,7 +134,7 @@ def _description(run: Run, name: str, config: RunConfig, storage: str, parent: L
         f"Storage: `{redacted(storage)[:500]}`",
         "",
         "```",
-        f"gpt2 train {name}    # goes on, or skips what is done",
+        f"gpt2 {'post-train' if config.post_training else 'train'} {name}    # goes on, or skips what is done",
         f'gpt2 generate {name} "Q: What is 12 + 30?"    # from the champion',
         f"gpt2 replay {run.info.run_id} --steps 20    # the same losses elsewhere?",
         "```",

@@ -41,6 +41,8 @@ IDENTITY_TAG = "data_identity"
 """The tag that says which samples were held out: only versions that agree in it are scored on the same items."""
 DIGEST_TAG = "checkpoint_digest"
 """The tag that names the checkpoint of a LoggedModel and of a version."""
+BASE_DIGEST_TAG = "base_digest"
+"""The tag that names the checkpoint (or the weights of an export) that a post-training begins with."""
 EVALUATION = "evaluation"
 """The name under which MLflow files scores by their evaluation set's digest."""
 TOKENS = "tokens"
@@ -194,18 +196,27 @@ def _tags(run_folder: RunFolder, config: RunConfig) -> dict[str, str]:
         IDENTITY_TAG: config.data_identity,
         run_page.CONFIG_MD5_TAG: run_page.md5_of(run_folder.config),
         **({"dataset_revision": config.dataset.revision} if config.dataset.revision else {}),
+        **base_tags(config),
     }
 
 
+def base_tags(config: RunConfig) -> dict[str, str]:
+    """What a post-training begins with, as tags of its run and of its versions; none for others."""
+    if config.post_training is None:
+        return {}
+    base = config.post_training.base
+    return {"base": base.source, BASE_DIGEST_TAG: base.digest}
+
+
 def _parent(client: MlflowClient, run: Run, config: RunConfig) -> LoggedModel | None:
-    """The LoggedModel that a fork begins with, an input of its run from then on; None as long as this MLflow has none."""
+    """The LoggedModel that a fork or a post-training begins with, an input of its run from then on; None while this MLflow has none."""
     from mlflow.entities import LoggedModelInput
 
-    fork = config.checkpoint.fork_of
-    if fork is None:
+    parent = config.begins_with
+    if parent is None or parent.experiment is None:
         return None
-    theirs = client.get_experiment_by_name(fork.experiment)
-    found = client.search_logged_models([theirs.experiment_id], f"tags.{DIGEST_TAG} = '{fork.digest}'", max_results=1) if theirs else []
+    theirs = client.get_experiment_by_name(parent.experiment)
+    found = client.search_logged_models([theirs.experiment_id], f"tags.{DIGEST_TAG} = '{parent.digest}'", max_results=1) if theirs else []
     if not found:
         return None
     if found[0].model_id not in {entry.model_id for entry in run.inputs.model_inputs or []}:

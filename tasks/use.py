@@ -89,6 +89,15 @@ def find(what: str, which: str | None = None) -> Checkpoint | Path:
     raise UserError(f"experiment: {what!r} holds neither a checkpoint ({MANIFEST}) nor an export ({_EXPORT})")
 
 
+def who_answers(what: str) -> str:
+    """The same, but of an experiment whose model was post-trained the post-training: it was taught to answer."""
+    from tasks.post_training import answering
+
+    if what.startswith(_REGISTRY) or _folder(what) is not None:
+        return what
+    return answering(find_project(), what)
+
+
 def _folder(what: str) -> Path | None:
     """The folder that `what` names: with a slash always, without one if it is a checkpoint or an export and no experiment has its name."""
     if what.startswith(_REGISTRY):

@@ -65,8 +65,8 @@ def post_train(
 ) -> None:
     """Teach a trained network to answer: fine-tune it on questions with their answers, register and evaluate its checkpoints beside it.
 
-    It begins with the champion unless its entry in params.yaml or --base says otherwise. What is up to date is skipped, what was interrupted
-    goes on. Ctrl-C stops it resumably (exit code 75): the same command goes on.
+    It begins with the champion unless its entry in params.yaml or --base says otherwise. What is up to date is skipped, what was
+    interrupted goes on. Ctrl-C stops it resumably (exit code 75): the same command goes on.
 
     Example: gpt2 post-train quickstart
 

@@ -71,10 +71,14 @@ def chat(
 ) -> None:
     """Ask question after question; Ctrl-D leaves. From a pipe: a line a question, a line an answer.
 
+    An experiment whose champion was post-trained answers with that one, unless --checkpoint names one of its own.
+
     Example: gpt2 chat quickstart --temperature 0.7
     """
-    from tasks.use import open_writer
+    from tasks.use import open_writer, who_answers
 
+    if checkpoint is None:
+        name = who_answers(name)
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     conversation = Chat(open_writer(name, checkpoint), Settings(max_new_tokens, temperature, top_k, top_p, seed))

@@ -17,8 +17,8 @@ from model.tokenizer import END_OF_TEXT, bytes_per_token, encode_to_numpy, first
 def validation_loss(
     model: GPT2, windows: np.ndarray, batch_size: int, should_stop: Callable[[], bool] = lambda: False, autocast: bool = False
 ) -> tuple[float, float] | None:
-    """Mean loss (nats a token) and bits per byte over windows (uint16, [windows, max_length + 1]; of rows, [windows, 2, max_length]: then of
-    their completions alone).
+    """Mean loss (nats a token) and bits per byte over windows: uint16 [windows, max_length + 1], or of rows [windows, 2, max_length], and
+    then of their completions alone.
 
     None if `should_stop` said so half-way. Dropout is off meanwhile, and nothing random is drawn.
     """

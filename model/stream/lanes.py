@@ -141,15 +141,13 @@ class Lane:
             UserError: a file is damaged or changed.
             Stopped: a source does not answer.
         """
-        done, last = self._start.offset, None
+        done = self._start.offset
+        last: np.ndarray | None = None
         for group in _groups(self._documents(num_epochs)):
-            if last is not None:
-                yield last, group.position
-            last = None
             windows = packed(group.rows, self._reader.data.max_length, one_each)
-            for number, window in enumerate(windows[done:], done + 1):
+            for number, window in enumerate(windows[done:], done):
                 if last is not None:
-                    yield last, group.position._replace(offset=number - 1)
+                    yield last, group.position._replace(offset=number)
                 last = window
             done = 0
         if last is not None:
@@ -211,8 +209,8 @@ class _Group(NamedTuple):
 
 
 def _groups(found: Iterator[Documents]) -> Iterator[_Group]:
-    """The rows of documents, group by group: a group's samples are those of one epoch whose numbers are equal but for the rest of a division
-    by `GROUP`. What no window holds is left out."""
+    """The rows of documents, group by group: samples of one epoch whose numbers, divided by `GROUP`, are the same whole number. What no
+    window holds is left out."""
     group: _Group | None = None
     for documents in found:
         for number, row in enumerate(rows_of(documents)):

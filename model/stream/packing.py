@@ -37,7 +37,7 @@ class Position(NamedTuple):
     sample: int = 0
     """Number of its sample within the lane's epoch."""
     offset: int = 0
-    """Number of the token within its document; in post-training the sample is a group's first, and this the window's number in the group."""
+    """Number of the token within its document. In post-training the sample is a group's first, and this the window's number there."""
     odd: OddRows = OddRows()
     """Of the samples before this one, since the run began."""
 

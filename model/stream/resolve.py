@@ -111,8 +111,8 @@ def _tokens_per_sample(reader: Reader, files: list[DataFile]) -> float:
 
 
 def tokens_per_row(data: DataConfig, seed: int, manifest: DatasetManifest, one_each: bool) -> float:
-    """What a training sample takes of post-training's windows, in tokens: the mean over the first samples of some files, those that no window
-    holds with nothing. `one_each`: one a window.
+    """Tokens that a training sample takes of windows of rows: the mean over the first samples of some files, of which those that
+    no window holds take nothing. `one_each`: one a window.
 
     Raises:
         UserError: not one of them has an answer and fits a window.
@@ -121,8 +121,8 @@ def tokens_per_row(data: DataConfig, seed: int, manifest: DatasetManifest, one_e
     kept = [row for row in rows if row is not None]
     if not kept:
         raise UserError(
-            f"data.max_length: of the first {len(rows):,} samples none has an answer and fits {data.max_length} tokens; raise it, or look at "
-            "data.text_template: its first column asks, its last one answers"
+            f"data.max_length: of the first {len(rows):,} samples none has an answer and fits {data.max_length} tokens; raise it, or look "
+            "at data.text_template: its first column asks, its last one answers"
         )
     return round(len(packed(kept, data.max_length, one_each)) * data.max_length / len(rows), 2)
 

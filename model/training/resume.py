@@ -214,7 +214,9 @@ def _base_folder(base: Base, named: Path | None) -> Path:
     """Where the base lies, in a checkpoint or in an export; every byte is verified."""
     field = "post_training.base"
     if named is None:
-        raise UserError(f"{field}: {base.source} ({base.digest[:12]}) is nowhere to be found; bring it back (gpt2 restore), or name another")
+        raise UserError(
+            f"{field}: {base.source} ({base.digest[:12]}) is nowhere to be found; bring it back (gpt2 restore), or name another"
+        )
     try:
         if (named / MANIFEST).exists():
             checkpoint = open_checkpoint(named)
@@ -254,7 +256,8 @@ def _gap(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint) -> str | 
 
 
 def rewind_after_spike(folder: RunFolder, config: RunConfig, step: int) -> Checkpoint | None:
-    """The regular checkpoint at or before `step`, to go back to (or what a fork or a post-training began with); None: random weights. Later ones are set aside.
+    """The regular checkpoint at or before `step`, to go back to (or what a fork or a post-training began with); None: random weights. Later
+    ones are set aside.
 
     Raises:
         NoWholeCheckpoint: it is not there or not whole. Another one would make the run depend on its faults.

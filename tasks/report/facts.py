@@ -62,6 +62,11 @@ class Facts:
         return next((row for row in self.checkpoints if row.get("champion")), None)
 
     @property
+    def base(self) -> Row | None:
+        """The row of what a post-training began with: its step 0; None of other trainings."""
+        return next((row for row in self.checkpoints if row["step"] == 0), None) if self.config.post_training is not None else None
+
+    @property
     def champion_scores(self) -> Scores | None:
         """Its figures item by item."""
         return self.scores.get(self.champion["digest"]) if self.champion else None
@@ -104,7 +109,7 @@ def gather(project: Project, name: str) -> Facts:
     evaluated = read_json(folder.scores) or {}
     registered = read_json(folder.registered) or []
     checkpoints = _checkpoints(folder, told, evaluated.get("checkpoints", []), registered)
-    shown = picked([row for row in checkpoints if row.get("key")], lambda row: bool(row.get("champion")))
+    shown = picked([row for row in checkpoints if row.get("key")], lambda row: bool(row.get("champion")) or row["step"] == 0)
     stored = {row["digest"]: stored_scores(folder.evaluation, row["key"]) for row in shown}
     return Facts(
         name=name,
@@ -136,10 +141,10 @@ def picked(rows: Sequence[Picked], wanted: Callable[[Picked], bool] = lambda row
     return [rows[index] for index in sorted(chosen | set(spread))]
 
 
-def train_command(name: str, overrides: dict[str, Any]) -> str:
-    """`gpt2 train NAME --set …`, as a shell takes it."""
+def train_command(name: str, overrides: dict[str, Any], stage: str = "train") -> str:
+    """`gpt2 train NAME --set …` (or `gpt2 post-train`), as a shell takes it."""
     changes = [shlex.quote(f"{field}={_yaml(value)}") for field, value in _flat(overrides)]
-    return " ".join([f"gpt2 train {name}", *(f"--set {change}" for change in changes)])
+    return " ".join([f"gpt2 {stage} {name}", *(f"--set {change}" for change in changes)])
 
 
 def _checkpoints(folder: RunFolder, told: History, scored: list[Row], registered: list[Row]) -> list[Row]:

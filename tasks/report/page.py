@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model import disk
 from tasks.project import Project
-from tasks.report import provenance, scored, training
+from tasks.report import provenance, scored, training, tuned
 from tasks.report.facts import Facts, gather
 from tasks.report.html import Html, el
 from tasks.report.style import CSS
@@ -31,6 +31,7 @@ def page(facts: Facts) -> str:
     """The whole page as HTML. Nothing in it refers to anything outside of it."""
     parts = [
         ("curves", "Curves", training.curves(facts)),
+        ("tuned", "Base and tuned", tuned.base_and_tuned(facts)),
         ("checkpoints", "Checkpoints", scored.checkpoints(facts)),
         ("samples", "What it writes", scored.samples(facts)),
         ("exercises", "Exercises", scored.exercises(facts)),

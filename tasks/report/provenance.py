@@ -74,7 +74,7 @@ def reproduction(facts: Facts) -> Html:
     lines = [
         f"git checkout {commit}" if commit else "# the code was in no git checkout: its commit is not known",
         f"# with changes that were not committed: git diff HEAD -- model tasks flows had SHA-256 {difference}" if difference else "",
-        train_command(facts.name, facts.overrides),
+        train_command(facts.name, facts.overrides, "post-train" if facts.config.post_training else "train"),
         f"gpt2 replay {facts.tracking_run}  # the first steps again: are the losses the same to the bit?" if facts.tracking_run else "",
     ]
     digests = [row for row in facts.checkpoints if row["digest"]][-1:]

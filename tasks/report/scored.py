@@ -84,6 +84,10 @@ def _legend(facts: Facts) -> str:
     )
 
 
+def _short_title(facts: Facts, row: Row) -> str:
+    return "base" if row is facts.base else f"step {row['step']:,}"
+
+
 def _title(row: Row) -> str:
     return f"step {row['step']:,}" + (f" · version {row['version']}" if row.get("version") else "")
 
@@ -116,7 +120,7 @@ def samples(facts: Facts) -> Html | None:
     parts: list[Part] = []
     for number_, prompt in enumerate(prompts):
         texts = [
-            (f"step {row['step']:,}{' ★' * bool(row.get('champion'))}", sample["text"], bool(row.get("champion")))
+            (f"{_short_title(facts, row)}{' ★' * bool(row.get('champion'))}", sample["text"], bool(row.get("champion")))
             for row in shown
             for sample in facts.scores[row["digest"]].samples
             if sample["prompt"] == prompt

@@ -17,7 +17,7 @@ from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.training.journal import read_all, read_current
 from tests.faults.warm import Warm
-from tests.model.training.conftest import final, make_run
+from tests.model.training.conftest import begins_with, final, make_run
 
 TINY = {
     "model": {"preset": "nano", "n_embd": 8, "dropout": 0.1},
@@ -38,8 +38,17 @@ VARIANTS = {
     "unsaved": {"training": {"max_steps": 12, "eval_freq": 100}, "checkpoint": {"save_every_n_iterations": 100}},
     "shared": {"data": {"lanes": 4}, "training": {"max_steps": 100_000, "num_epochs": 10_000}},
     "long": {"training": {"max_steps": 100_000, "num_epochs": 10_000}},
+    "post-trained": {"post_training": {"base": "plain"}},
+    "post-trained, rollback": {"post_training": {"base": "plain"}},
+    "post-trained, short": {
+        "post_training": {"base": "plain"},
+        "training": {"max_steps": 5, "eval_freq": 100},
+        "checkpoint": {"save_every_n_iterations": 2, "keep_last": 1},
+    },
+    "post-trained, long": {"post_training": {"base": "plain"}, "training": {"max_steps": 100_000, "num_epochs": 10_000}},
 }
-"""By name what a run has that others have not."""
+"""By name what a run has that others have not. A post-training's base is the last checkpoint of the variant named there."""
+VARIANTS["post-trained, rollback"] |= VARIANTS["rollback"]
 
 
 def consumed(folder):
@@ -65,6 +74,8 @@ class Undisturbed:
     folder: RunFolder
     seconds: float
     """From its start to its end."""
+    fields: dict
+    """What is special about it, with where its base lies."""
 
     def copy_beginning(self, place):
         """A run of the same configuration that has not begun, at `place`."""
@@ -104,7 +115,7 @@ class Starter:
     def start(self, folder, *options, **how):
         """A trainer of `folder`; what it says goes to `said`."""
         how.setdefault("stderr", said_at(folder))
-        return self.warm.start("model.training", str(folder.path), "--set", "hardware.device=cpu", *options, **how)
+        return self.warm.start("model.training", str(folder.path), "--set", "hardware.device=cpu", *begins_with(folder), *options, **how)
 
     def train(self, folder, *options, code=0, **how):
         """Train to an end with this exit code; returns what was said."""
@@ -162,11 +173,15 @@ def undisturbed(trainer, corpus, tmp_path_factory):
 
     def get(variant, train=True):
         if variant not in found:
-            folder = make_run(tmp_path_factory.mktemp(variant) / "run", corpus, **merge(TINY, VARIANTS[variant]))
+            fields = merge(TINY, VARIANTS[variant])
+            if "post_training" in fields:
+                base = CheckpointStore(get(fields["post_training"]["base"]).folder.checkpoints).checkpoints()[-1]
+                fields["post_training"] = {"base": str(base.path)}
+            folder = make_run(tmp_path_factory.mktemp(variant.replace(", ", "-")) / "run", corpus, **fields)
             began = time.monotonic()
             if train:
                 trainer.train(folder)
-            found[variant] = Undisturbed(folder, time.monotonic() - began)
+            found[variant] = Undisturbed(folder, time.monotonic() - began, fields)
         return found[variant]
 
     return get

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from model.params import merge
-from tests.faults.conftest import TINY, VARIANTS, said
+from tests.faults.conftest import said
 from tests.faults.warm import ROOT
 from tests.model.training.conftest import FIELDS
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NAME = "run"
 KINDS = {"trainer": 8, "group": 8, "parent": 2, "stage's tree": 0.5, "stage": 0.5, "stage's trainer": 0.5}
 """Who is killed, and how often. The last three are of a stage that is really started, which takes seconds."""
-KILLED_AS = ["plain", "cache", "plain", "skip", "rollback"]
+KILLED_AS = ["plain", "cache", "post-trained", "skip", "rollback"]
 CURVES = {f"curves/{name}.csv" for name in ("loss", "validation_loss", "tokens_per_s")}
 OF_A_STAGE = {".tracking.lock", ".tracking-run.lock", ".aliases.json", ".lease.json", ".lease.lock", ".fetch.lock", *CURVES}
 """Files in a run's folder that are not the trainer's."""
@@ -77,7 +77,7 @@ class Budget:
 def make_project(root, corpus, undisturbed, variant):
     """A project whose one experiment's training has not begun; the run folder."""
     folder = undisturbed(variant).copy_beginning(root / "runs" / NAME)
-    experiment = merge(merge(FIELDS, {"data": {"path": str(corpus)}, "hardware": {"device": "cpu"}}), merge(TINY, VARIANTS[variant]))
+    experiment = merge(merge(FIELDS, {"data": {"path": str(corpus)}, "hardware": {"device": "cpu"}}), undisturbed(variant).fields)
     (root / "params.yaml").write_text(yaml.safe_dump({"defaults": {}, "experiments": {NAME: experiment}}))
     (root / "overrides.yaml").write_text(f"overrides: {{{NAME}: {{}}}}\n")
     (root / "dvc.yaml").write_text("stages: {}\n")

@@ -83,8 +83,9 @@ def much_held_out(tmp_path_factory, corpus):
 
 @SIGNALS
 @pytest.mark.parametrize("group", [False, True], ids=["trainer", "group"])
-def test_while_training(trainer, new_run, number, group):
-    folder = new_run("long", train=False)
+@pytest.mark.parametrize("variant", ["long", "post-trained, long"])
+def test_while_training(trainer, new_run, number, group, variant):
+    folder = new_run(variant, train=False)
     process = trainer.start(folder)
     wait_for_event(folder, process, "step", 5)
     stop(process, number, NOTICED_S + SAVED_S, group)

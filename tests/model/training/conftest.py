@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from model.config import Experiment
-from model.params import merge, write_yaml
+from model.checkpoint.store import open_checkpoint
+from model.config import Base, Experiment
+from model.params import merge, read_yaml, write_yaml
 from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.stream.resolve import resolve
@@ -37,10 +38,19 @@ def make_run(folder, corpus, **changes):
     experiment = Experiment.model_validate(merge(merge(FIELDS, {"data": {"path": str(corpus)}}), changes))
     manifest = resolve(experiment.data, experiment.seed, folder)
     folder.mkdir(exist_ok=True)
-    run = RunFolder(folder)
+    run, base = RunFolder(folder), None
+    if experiment.post_training is not None:
+        place = experiment.post_training.base
+        base = Base(source=place, digest=open_checkpoint(Path(place)).digest)
     manifest.write(run.dataset)
-    write_yaml(run.config, resolved(experiment, manifest).model_dump(mode="json"))
+    write_yaml(run.config, resolved(experiment, manifest, base).model_dump(mode="json"))
     return run
+
+
+def begins_with(folder):
+    """The trainer's options that say where the base of a post-training lies."""
+    post_training = read_yaml(folder.config).get("post_training")
+    return ["--checkpoint", post_training["base"]["source"]] if post_training else []
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def finished(finished_run, tmp_path):
 
 
 def start_trainer(folder, *options, **popen):
-    command = [sys.executable, "-m", "model.training", str(folder.path), "--set", "hardware.device=cpu", *options]
+    command = [sys.executable, "-m", "model.training", str(folder.path), "--set", "hardware.device=cpu", *begins_with(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # several trainers at once share few cores
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], env=environment, **popen)
 
