@@ -13,6 +13,7 @@ from pathlib import Path
 from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWhole, is_name, open_checkpoint
 from model.config import RunConfig
 from model.errors import UserError
+from model.run_folder import RunFolder
 from model.training.journal import read_current
 from model.training.resume import wanted_last
 from tasks import tracking
@@ -31,11 +32,13 @@ def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | N
     wanted, fork = config.checkpoint.checkpoint_to_resume, config.checkpoint.fork_of
     if wanted is not None and not is_name(wanted) and wanted_last(read_current(folder.journal)) != wanted:
         return locate(project, name, wanted)
-    if config.post_training is not None and not CheckpointStore(folder.checkpoints).folders():
+    if config.begins_with is None or _has_begun(folder, config):
+        return None
+    if config.post_training is not None:
         from tasks.post_training import place_of  # which asks this module
 
         return place_of(project, config.post_training.base)
-    if fork is not None and not CheckpointStore(folder.checkpoints).folders():
+    if fork is not None:
         place = find_by_digest(project, fork.digest)
         if place is None:
             raise UserError(
@@ -44,6 +47,15 @@ def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | N
             )
         return place
     return None
+
+
+def _has_begun(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether the run holds a checkpoint of this configuration. (One of another is set aside when training begins.)"""
+    for path in CheckpointStore(folder.checkpoints).folders():
+        with contextlib.suppress(NotWhole):
+            if open_checkpoint(path).state().get("config_digest") == config.digest:
+                return True
+    return False
 
 
 def locate(project: Project, name: str, wanted: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from model.errors import UserError
-from model.params import read_yaml
+from model.params import read_yaml, write_yaml
 from model.training.journal import Journal
 from model.training.lock import held
 from tasks import tracking
@@ -170,7 +170,12 @@ def test_where_a_checkpoint_lies_is_looked_up_only_while_it_is_needed(new_projec
     assert named(checkpoint_to_resume="/gone since") is None
     fork(new_project, NAME, "new", {})
     fork_of = new_project.experiment("new").checkpoint.fork_of
-    assert named(fork_of=fork_of) is None  # the run has checkpoints of its own
+    assert named(fork_of=fork_of) == checkpoint.path, "what the run holds is of another configuration"
+    forked = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"fork_of": fork_of})})
+    write_yaml(folder.config, forked.model_dump(mode="json"))
+    own = write_checkpoint(new_project, 20)
+    assert named(fork_of=fork_of) is None, "the run has begun"
+    shutil.rmtree(own.path)
     shutil.move(folder.checkpoints, folder.path / "aside")
     assert named(fork_of=fork_of) == folder.path / "aside" / checkpoint.name
     shutil.rmtree(folder.path / "aside")
