@@ -75,8 +75,10 @@ def gain_line(project: Project, name: str) -> str | None:
     rows = (read_json(folder.scores) or {}).get("checkpoints", [])
     base = next((row for row in rows if row["step"] == 0), None)
     champion = next((row for row in rows if row["champion"]), None)
-    if not project.is_post_training(name) or base is None or champion is None or champion is base:
+    if not project.is_post_training(name) or base is None or champion is None:
         return None
+    if champion is base:
+        return "what it began with is still the champion: nothing that was learned since is better by the rule"
     scores = [stored_scores(folder.evaluation, row["key"]) for row in (base, champion)]
     if scores[0] is None or scores[1] is None:
         return None

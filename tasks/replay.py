@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model import disk
+from model.config import Base
 from model.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
-from model.params import write_yaml
+from model.params import validated, write_yaml
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.stream.manifest import DataFile, DatasetManifest
@@ -35,6 +36,7 @@ from model.stream.source import is_url
 from model.training.identity import code_identity
 from model.training.journal import Event, read_current
 from tasks import recipe, tracking
+from tasks.post_training import place_of
 from tasks.project import Project
 from tasks.recipe import Recipe
 from tasks.starting_point import find_by_digest
@@ -138,7 +140,10 @@ def replay(
         extended = ", and was extended later, under another schedule" if max(losses) > last else ""
         notes.append(f"the run has {last - first} steps{extended}, not {steps}")
     manifest = _manifest(found.manifest, data)
-    checkpoint = _fork_checkpoint(project, fork) if fork else None
+    base = (found.config.get("post_training") or {}).get("base")
+    checkpoint = (
+        place_of(project, validated(Base, base, "post_training.base")) if base else _fork_checkpoint(project, fork) if fork else None
+    )
     place = _new_folder(project, name, run_id, folder)
     code = restore_code(project, found.started.get("code") or {}, place / "code")
     run_folder = _write(found, manifest, place / name, notes)

@@ -12,6 +12,7 @@ from tasks.report.costs import device
 from tasks.report.facts import Facts
 from tasks.report.history import Series
 from tasks.report.html import Html, Part, between, compact, duration, el, folded, number, percent, table
+from tasks.run_page import words_for
 
 _HEADLINE_FIGURES = (
     ("answer_bits_per_byte", "bits per byte of the gold answer", number),
@@ -29,7 +30,8 @@ def headline(facts: Facts) -> Html:
     began = datetime.datetime.fromtimestamp(told.segments[0].started["time"], datetime.UTC)
     steps = f"step {facts.step:,} of {told.started['total_steps']:,}"
     lead: list[Part] = [
-        f"A GPT-2 of {compact(told.started['parameters'])} parameters, trained on {config.data.path} for {compact(facts.tokens)} tokens: ",
+        f"A GPT-2 of {compact(told.started['parameters'])} parameters, {_begun(facts)}trained on {config.data.path} for "
+        f"{compact(facts.tokens)} tokens: ",
         el("span", _how_it_ended(facts), class_=f"state {facts.state}"),
         f", {steps}.",
     ]
@@ -42,6 +44,10 @@ def headline(facts: Facts) -> Html:
         _champion(facts),
     ]
     return el("header", parts)
+
+
+def _begun(facts: Facts) -> str:
+    return f"begun with {words_for(facts.config.post_training.base)} and post-" if facts.config.post_training is not None else ""
 
 
 def _how_it_ended(facts: Facts) -> str:

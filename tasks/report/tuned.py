@@ -44,5 +44,5 @@ def _cells(name: str, figure: Figure, show: Callable[[float | None], str]) -> li
         return f"{value:+.3f}" if show is number else f"{100 * value:+.1f}"
 
     unit = " points" if show is percent else ""
-    known = f"{signed(figure.low)} to {signed(figure.high)}" if figure.low is not None else "–"
+    known = f"{signed(figure.low)} to {signed(figure.high)}" if figure.low != figure.high else "–"  # none, or all items are alike
     return [name, show(figure.a), show(figure.b), f"{signed(figure.difference)}{unit}", known, f"{figure.items:,}"]

@@ -33,7 +33,8 @@ PREFECT = (PYTHON, "-m", "prefect")
 
 @dataclass
 class Clone:
-    """A fresh clone with nano experiments: `quickstart`, `again` (the same, under another name) and `samples2m`, which trains for ever."""
+    """A fresh clone with nano experiments: `quickstart`, `again` (the same, under another name), `quickstart-tuned`, which begins with
+    quickstart's champion, and `samples2m`, which trains for ever."""
 
     root: Path
     environment: dict[str, str]
@@ -173,7 +174,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
         "evaluation": {"items": 4, "questions": 4, "max_new_tokens": 4, "prompts": ["What is 1 + 1?"]},
         "hardware": {"device": "cpu"},
     }
-    experiments = {"quickstart": {}, "again": {}, "samples2m": {"training": {"max_steps": 1_000_000}}}
+    tuned = {"post_training": {"base": "models:/quickstart@champion"}, "training": {"learning_rate": 0.001}}
+    experiments = {"quickstart": {}, "again": {}, "quickstart-tuned": tuned, "samples2m": {"training": {"max_steps": 1_000_000}}}
     (root / "params.yaml").write_text(yaml.safe_dump({"defaults": tiny, "experiments": experiments}))
     for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"]):
         subprocess.run(["git", *command], cwd=root, check=True)

@@ -28,6 +28,7 @@ def test_everything_is_deployed(services: Services) -> None:
     deployments = services.ask("deployments/filter", {})
     names = {"quickstart", "samples2m", "samples2m-muon", "gpu", "follow", "crashed", "nightly"}
     assert {deployment["name"] for deployment in deployments} == names
+    assert len(deployments) == len(names) + 2, "quickstart and samples2m have a post-training, too"
     nightly = next(deployment for deployment in deployments if deployment["name"] == "nightly")
     assert [(schedule["schedule"]["cron"], schedule["active"]) for schedule in nightly["schedules"]] == [("0 3 * * *", True)]
     scheduled = {"deployments": {"name": {"any_": ["nightly"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
@@ -174,10 +175,23 @@ def test_the_second_run_skips_every_stage(services: Services) -> None:
     assert states == dict.fromkeys(TASKS, "Cached") | dict.fromkeys(AT_THE_END, "Completed")
 
 
+def test_a_deployed_post_training_begins_with_the_champion_and_answers_to_the_registry(clone: Clone, services: Services) -> None:
+    states = services.task_states(services.watched("post-train/quickstart"))
+    assert {name: states[name] for name in (*TASKS, *AT_THE_END)} == dict.fromkeys((*TASKS, *AT_THE_END), "Completed")
+    assert services.training("quickstart-tuned")["name"] == "quickstart-tuned 0 to 240"
+    champion = next(row for row in clone.checkpoints("quickstart") if row["champion"])
+    with urllib.request.urlopen(
+        f"{services.mlflow}/api/2.0/mlflow/model-versions/get?name=quickstart-tuned&version=1", timeout=30
+    ) as answer:
+        tags = {tag["key"]: tag["value"] for tag in json.loads(answer.read())["model_version"]["tags"]}
+    assert (tags["base"], tags["base_digest"]) == (f"models:/quickstart/{champion['version']}", champion["digest"])
+    assert "up to date" in clone.run(*DVC, "status").stdout
+
+
 def test_the_nightly_run_evaluates_what_has_checkpoints(clone: Clone, services: Services) -> None:
     before = clone.folder("quickstart").scores.read_bytes()
     run = services.ask(f"flow_runs/{services.watched('re-evaluate/nightly')}")
-    assert (run["state"]["name"], run["state"]["message"]) == ("Completed", "evaluated: quickstart")
+    assert (run["state"]["name"], run["state"]["message"]) == ("Completed", "evaluated: quickstart, quickstart-tuned")
     assert clone.folder("quickstart").scores.read_bytes() == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from model.errors import EXIT_STOPPED
 from tasks.versioning import STAGES
-from tests.end_to_end.conftest import DVC, GPT2, Clone, contents, until, until_it_trains, until_left
+from tests.end_to_end.conftest import DVC, GPT2, PYTHON, Clone, contents, until, until_it_trains, until_left
 from tests.tasks.conftest import free_port
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,44 @@ def test_what_was_pushed_comes_back_bit_for_bit(clone: Clone) -> None:
     clone.run(*DVC, "pull")
     assert contents(folder) == before
     assert "up to date" in clone.run(*DVC, "status").stdout
+
+
+def test_a_champion_learns_to_answer_and_is_registered_and_served(clone: Clone) -> None:
+    flow = clone.start(*GPT2, "post-train", "quickstart")
+    until_it_trains(clone, "quickstart-tuned")
+    os.killpg(flow.pid, signal.SIGINT)
+    assert flow.wait(60) == EXIT_STOPPED
+    said = " ".join(clone.run(*GPT2, "post-train", "quickstart").stdout.split())
+    begun = [event["step"] for event in clone.journal("quickstart-tuned") if event["event"] == "started"]
+    assert begun[0] == 0
+    assert begun[1] > 0
+    champion = next(row for row in clone.checkpoints("quickstart") if row["champion"])
+    rows = clone.checkpoints("quickstart-tuned")
+    assert [row["step"] for row in rows] == [0, 120, 240]
+    assert rows[0]["base"]
+    assert [rows[0][key] for key in ("model_sha256", "answer_bits_per_byte")] == [
+        champion[key] for key in ("model_sha256", "answer_bits_per_byte")
+    ]
+    (best,) = [row for row in rows if row["champion"]]
+    assert ("What it began with is still the champion" if best["base"] else "Against its base, on the same items: answer -") in said
+
+    again = clone.run(*GPT2, "post-train", "quickstart")
+    assert again.stdout.count("up to date, skipped") == len(STAGES)
+    assert set(clone.status("quickstart-tuned")["stages"].values()) == {"done"}
+    assert "up to date" in clone.run(*DVC, "repro").stdout
+    report = (clone.folder("quickstart-tuned").report / "report.html").read_text()
+    assert "Base and tuned" in report
+    assert f"It began with {champion['name']} of quickstart" in report
+
+    ask = "import mlflow; print(mlflow.pyfunc.load_model('models:/quickstart-tuned@champion').predict(['Q: What is 1 + 1?']))"
+    environment = {**clone.environment, "MLFLOW_TRACKING_URI": f"sqlite:///{clone.root / 'storage' / 'mlflow' / 'mlflow.db'}"}
+    served = subprocess.run([PYTHON, "-c", ask], cwd=clone.root.parent, env=environment, capture_output=True, text=True, timeout=120)
+    assert served.returncode == 0, served.stderr
+    told = subprocess.run(
+        [*GPT2, "chat", "quickstart"], cwd=clone.root, env=clone.environment, input="What is 1 + 1?\n", capture_output=True, text=True
+    )
+    own = clone.run(*GPT2, "generate", "quickstart-tuned", "Q: What is 1 + 1?\n\nReasoning:\n")
+    assert told.stdout.split() == own.stdout.partition("Reasoning:")[2].split(), "whoever was taught to answer answers"
 
 
 def test_another_number_of_questions_is_asked_without_training_again(clone: Clone) -> None:

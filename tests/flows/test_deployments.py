@@ -21,6 +21,8 @@ NAMES = {
     "train-gpt2/quickstart": "cpu",
     "train-gpt2/samples2m": "cpu",
     "train-gpt2/samples2m-muon": "cpu",
+    "post-train/quickstart": "cpu",
+    "post-train/samples2m": "cpu",
     "stream-and-train/gpu": "gpu",
     "evaluate-new/follow": "cpu",
     "resume/crashed": "cpu",

@@ -11,6 +11,7 @@ import yaml
 from flows.night_page import Night, line, page
 from model.errors import EXIT_FAULT
 from tasks.news import Champion, News
+from tasks.project import Project
 from tasks.recheck import Rechecked, Rotten
 from tests.end_to_end.conftest import DVC, PYTHON, Clone, clone, until  # noqa: F401 (a fixture)
 from tests.flows.prefect_server import PrefectServer
@@ -56,7 +57,8 @@ def trained(clone: Clone) -> Clone:  # noqa: F811
     params["defaults"]["training"] |= {"max_steps": 4, "eval_freq": 4}
     params["defaults"]["checkpoint"] = {"save_every_n_iterations": 4}
     (clone.root / "params.yaml").write_text(yaml.safe_dump(params))
-    (clone.root / "overrides.yaml").write_text("overrides:\n  quickstart: {}\n  again: {}\n")
+    for name in ("quickstart", "again"):
+        Project(clone.root).record_overrides(name, {})
     clone.run(*DVC, "repro", "register@quickstart")
     clone.run(*DVC, "push", "train@quickstart")
     shutil.copytree(clone.folder("quickstart").checkpoints, clone.folder("again").checkpoints)

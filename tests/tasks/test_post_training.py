@@ -58,9 +58,9 @@ def test_a_post_training_is_named_by_itself_or_by_what_it_begins_with(new_projec
     assert named(new_project, NAME) == named(new_project, TUNED) == TUNED
     check_is_one(new_project, TUNED)
     check_is_none(new_project, NAME)
-    with pytest.raises(UserError, match="gpt2 post-train tiny-tuned$"):
+    with pytest.raises(UserError, match=r"gpt2 post-train tiny-tuned$"):
         check_is_none(new_project, TUNED)
-    with pytest.raises(UserError, match="^tiny begins with random weights: gpt2 train tiny"):
+    with pytest.raises(UserError, match=r"^tiny begins with random weights: gpt2 train tiny"):
         check_is_one(new_project, NAME)
     add(new_project, "tiny-other", f"models:/{NAME}/3")
     with pytest.raises(UserError, match="several post-trainings begin with it: tiny-tuned, tiny-other; name one"):
@@ -139,7 +139,9 @@ def test_a_folder_is_a_base_too(registered: tuple[Project, list[Checkpoint]], tm
 def test_what_validated_the_base_is_not_learned(registered: tuple[Project, list[Checkpoint]]) -> None:
     project, (first, _) = registered
     add(project, seed=43)
-    with pytest.raises(UserError, match=r"^seed: 43, and models:/tiny/2 was trained with 42: rows that it was validated on would be learned"):
+    with pytest.raises(
+        UserError, match=r"^seed: 43, and models:/tiny/2 was trained with 42: rows that it was validated on would be learned"
+    ):
         base_of(project, project.experiment(TUNED))
     add(project, data={"train_ratio": 0.95})
     with pytest.raises(UserError, match=r"^data\.train_ratio: 0\.95, and models:/tiny/2 was trained with 0\.9"):
@@ -182,7 +184,9 @@ def test_a_base_that_is_not_there_is_one_line_that_names_the_field(registered: t
 
 def test_where_nothing_is_registered_the_cure_is_to_train(new_project: Project) -> None:
     add(new_project)
-    with pytest.raises(UserError, match=r"^post_training\.base: models:/tiny@champion: nothing is registered yet; train it first: gpt2 train tiny$"):
+    with pytest.raises(
+        UserError, match=r"^post_training\.base: models:/tiny@champion: nothing is registered yet; train it first: gpt2 train tiny$"
+    ):
         pinned(new_project, TUNED, {})
     assert not (new_project.root / "storage").exists(), "to look is not to make"
 

@@ -32,12 +32,13 @@ def test_recorded_overrides_take_effect_and_replace_the_last_ones(new_project: P
 def test_every_experiment_that_was_started_has_a_key_from_which_dvc_knows_its_stages(new_project: Project) -> None:
     new_project.record_overrides(NAME, {})
     new_project.record_overrides("other", {"seed": 1})
-    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {"overrides": {NAME: {}, "other": {"seed": 1}}}
+    kinds = {"pre_training": [NAME, "other"], "post_training": []}
+    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {"overrides": {NAME: {}, "other": {"seed": 1}}, **kinds}
 
 
 def test_equal_overrides_leave_the_file_as_it_is(new_project: Project) -> None:
     overrides = new_project.root / "overrides.yaml"
-    mine = f"# mine\noverrides:\n  {NAME}: {{}}\n"
+    mine = f"# mine\noverrides:\n  {NAME}: {{}}\npre_training: [{NAME}]\npost_training: []\n"
     overrides.write_text(mine)
     new_project.record_overrides(NAME, {})
     assert overrides.read_text() == mine
@@ -49,7 +50,7 @@ def test_processes_that_record_at_once_lose_nothing(new_project: Project) -> Non
     names = [f"experiment{n}" for n in range(4)]
     writers = [subprocess.Popen([sys.executable, "-c", program, str(new_project.root), name]) for name in names]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0, 0]
-    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text()) == {"overrides": {name: {"seed": 19} for name in names}}
+    assert yaml.safe_load((new_project.root / "overrides.yaml").read_text())["overrides"] == {name: {"seed": 19} for name in names}
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "quickstart: {}\n", "overrides:\n"])

@@ -121,8 +121,9 @@ def test_a_spike_goes_back_as_far_as_the_base(new_post_training, base):
 def test_the_base_stays_when_older_checkpoints_go(new_post_training):
     folder = new_post_training(checkpoint={"save_every_n_iterations": 4, "keep_last": 1})
     train(folder)
-    assert [checkpoint.step for checkpoint in CheckpointStore(folder.checkpoints).checkpoints()][0] == 0
-    assert len(CheckpointStore(folder.checkpoints).checkpoints()) <= 3
+    first, *others = CheckpointStore(folder.checkpoints).checkpoints()
+    assert first.step == 0
+    assert len(others) <= 2
 
 
 def test_it_begins_with_an_export(new_post_training, base, tuned, tmp_path):
