@@ -1,7 +1,7 @@
 """What it costs that rows in a window do not see each other: forward and backward pass over the same rows, in one table of one run.
 
-    python -m benchmarks.post_training                                    # a tiny network, windows of 1,024 tokens: three minutes on one core
-    python -m benchmarks.post_training --preset small --rows 64           # GPT-2 124M, on a GPU
+    python -m benchmarks.post_training                             # a tiny network, windows of 1,024 tokens: three minutes on one core
+    python -m benchmarks.post_training --preset small --rows 64    # GPT-2 124M, on a GPU
 
 The ways take turns, so what a busy machine does to one it does to its neighbours; a ratio is the median over the rounds of paired figures.
 transformers is the peer: rows padded to the longest of their batch, questions and padding labelled -100.

@@ -216,7 +216,7 @@ def test_cached_tokens_change_nothing(new_run, finished_run):
     assert list(folder.token_caches.rglob("*.tokens"))
     odd = [event["odd_rows"] for event in read_current(folder.journal) if event["event"] == "checkpoint"]
     assert odd == [event["odd_rows"] for event in read_current(finished_run.journal) if event["event"] == "checkpoint"]
-    assert odd[-1].keys() == {"empty_field", "not_utf8", "end_of_text", "lost"}
+    assert odd[-1].keys() == {"empty_field", "not_utf8", "end_of_text", "lost", "too_long", "unanswered"}
 
 
 def test_muon_interrupted_gives_equal_weights(new_run):
