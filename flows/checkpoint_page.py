@@ -18,17 +18,16 @@ def print_result(project: Project, name: str) -> None:
     console.print()
     print_checkpoints(project, name, checkpoint_list(project, name))
     console.print("\nNext:")
-    suggestions = {}
-    if project.is_post_training(name):
-        suggestions[f"gpt2 chat {name}"] = "the champion answers"
-    elif tuned := tuned_from(project, name):
-        suggestions[f"gpt2 post-train {tuned[0] if len(tuned) > 1 else name}"] = "the champion learns to answer"
-    suggestions |= {
+    suggestions = {
         f'gpt2 generate {name} "{example_question(project, name)}"': "the champion writes on",
         f"gpt2 checkpoints {name} --verify": "is every byte as it was written?",
         f"gpt2 export {name} exported/": "the champion for transformers",
-        "gpt2 services": "Prefect's and MLflow's pages: runs, curves, answers, registry",
     }
+    if project.is_post_training(name):
+        suggestions[f"gpt2 chat {name}"] = "ask it"
+    elif tuned := tuned_from(project, name):
+        suggestions[f"gpt2 post-train {tuned[0] if len(tuned) > 1 else name}"] = "the champion learns to answer"
+    suggestions["gpt2 services"] = "Prefect's and MLflow's pages: runs, curves, answers, registry"
     for command, what in suggestions.items():
         console.print(f"  {command:<{max(map(len, suggestions))}}  {what}", markup=False)
 

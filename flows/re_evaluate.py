@@ -53,7 +53,7 @@ def re_evaluate(experiment: str | None = None, questions: int | None = None, eve
         return _round(project, trained, questions, every_byte)
     if experiment not in trained:
         project.experiment(experiment)
-        raise UserError(f"{experiment} has no checkpoints yet; train it first: gpt2 train {experiment}")
+        raise UserError(f"{experiment} has no checkpoints yet; train it first: gpt2 {project.training_stage(experiment)} {experiment}")
     return _evaluate(project, experiment, questions) or Completed(message=f"{experiment}: every checkpoint is evaluated")
 
 

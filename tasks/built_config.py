@@ -31,4 +31,8 @@ def built(folder: RunFolder) -> RunConfig | None:
 def is_of_same_data(config: RunConfig, experiment: Experiment) -> bool:
     """Whether what a resolved config says of its dataset holds for the experiment, too."""
     same = config.data.model_dump(exclude=_NOT_DECIDING) == experiment.data.model_dump(exclude=_NOT_DECIDING)
+    if config.post_training is not None or experiment.post_training is not None:  # there it counts the rows that fit
+        same = (
+            same and bool(config.post_training) == bool(experiment.post_training) and config.data.max_length == experiment.data.max_length
+        )
     return same and config.seed == experiment.seed and experiment.data.revision in (None, config.data.revision)

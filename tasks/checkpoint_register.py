@@ -45,7 +45,7 @@ def checkpoint_register(project: Project, name: str) -> None:
     folder = project.run_folder(name)
     checkpoints = CheckpointStore(folder.checkpoints).checkpoints()
     if not checkpoints:
-        raise UserError(f"{folder.checkpoints}: no whole checkpoint to register; train first: gpt2 train {name}")
+        raise UserError(f"{folder.checkpoints}: no whole checkpoint to register; train first: gpt2 {project.training_stage(name)} {name}")
     config = tracking.read_config(folder)
     client = tracking.connect(project, project.experiment(name))
     run_id = tracking.training_run(client, project, name, config)

@@ -120,7 +120,8 @@ def prune(project: Project, name: str) -> None:
         return
     tidy(fs, root, ours + 1, keep=_tokens(fs, root))
     if kept:
-        _say(f"warning: {', '.join(kept)} in {url} stay: they are not pushed; gpt2 train {name} fetches and pushes them")
+        command = f"gpt2 {project.training_stage(name)} {name}"
+        _say(f"warning: {', '.join(kept)} in {url} stay: they are not pushed; {command} fetches and pushes them")
     elif not entries(fs, root) and fs.exists(root):
         with contextlib.suppress(OSError):  # somebody else's by now
             fs.rmdir(root)

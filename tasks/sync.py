@@ -55,7 +55,7 @@ def sync(project: Project, name: str, stop: threading.Event) -> list[Part]:
     experiment = project.experiment(name)
     folder = project.run_folder(name)
     if not folder.config.exists() or not project.was_started(name):
-        raise UserError(f"{name} has nothing to send yet; train it first: gpt2 train {name}")
+        raise UserError(f"{name} has nothing to send yet; train it first: gpt2 {project.training_stage(name)} {name}")
     _settle_fence(project, name)
     parts = [sync_tracking(project, name, stop)]
     finished = any(event["event"] == "finished" for event in read_current(folder.journal))

@@ -144,7 +144,7 @@ def pick_checkpoint(project: Project, name: str, which: str | None = None) -> Ch
         have = ", ".join(path.name for path in store.folders()) or "none"
         raise UserError(f"--checkpoint: {error}; there is {have}") from None
     except IndexError:
-        raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 train {name}") from None
+        raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 {project.training_stage(name)} {name}") from None
     return chosen
 
 

@@ -33,7 +33,7 @@ def checkpoints(
 
         print_checkpoints(project, name, rows)
     else:
-        print(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
+        print(f"{name} has no checkpoints yet; train it first: gpt2 {project.training_stage(name)} {name}")
     if not all(row["whole"] for row in rows):
         say("; ".join(row["problem"] for row in rows if not row["whole"]) + ". Bring it back: dvc checkout, or dvc pull")
         raise typer.Exit(EXIT_FAULT)

@@ -74,7 +74,7 @@ def need_checkpoints(project: Project, name: str) -> None:
     """Refuse an experiment without any."""
     project.experiment(name)
     if not any(project.run_folder(name).checkpoints.glob("step_*")):
-        raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 train {name}")
+        raise UserError(f"{name} has no checkpoints yet; train it first: gpt2 {project.training_stage(name)} {name}")
 
 
 def say(message: str) -> None:

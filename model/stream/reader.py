@@ -114,12 +114,9 @@ class Reader:
 
     def _parts(self, spans: np.ndarray, lengths: list[np.ndarray]) -> Parts:
         """Where the questions end and the answers lie in texts."""
-        head, ending = (
-            len(self._template[0][0].encode()),
-            sum(len(literal.encode()) for literal, column in self._template if column is None),
-        )
-        sizes = spans[:, 2] - spans[:, 1] - len(END_OF_TEXT_NAME)
-        ends = sizes - ending
+        head = len(self._template[0][0].encode())
+        behind = sum(len(literal.encode()) for literal, column in self._template if column is None) + len(END_OF_TEXT_NAME)
+        ends = spans[:, 2] - spans[:, 1] - behind
         return Parts(self.data.max_length, np.stack([np.full_like(ends, head), head + lengths[0], ends - lengths[-1], ends], axis=1))
 
     def _record_batches(self, parquet: pq.ParquetFile, file: DataFile, columns: list[str]) -> Iterator[pa.RecordBatch]:

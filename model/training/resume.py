@@ -129,10 +129,11 @@ def _refuse(folder: RunFolder, config: RunConfig, others: dict[Path, Any]) -> No
         what = "; ".join(config.differences(config_of(open_checkpoint(newest))))
     except NotWhole:
         what = "the journal names another config digest"
-    name = folder.experiment
+    name, anew = folder.experiment, f"gpt2 {'train' if config.post_training is None else 'post-train'} {folder.experiment} --anew"
+    fork = f"give the new one its own name (gpt2 train {name} --fork NEW); or " if config.post_training is None else ""
     raise UserError(
-        f"{name} was not finished, and its checkpoints up to {newest.name} are of another configuration ({what}). Change it back; or give "
-        f"the new one its own name (gpt2 train {name} --fork NEW); or set the old one aside and begin anew (gpt2 train {name} --anew)"
+        f"{name} was not finished, and its checkpoints up to {newest.name} are of another configuration ({what}). Change it back; or "
+        f"{fork}set the old one aside and begin anew ({anew})"
     )
 
 

@@ -104,7 +104,9 @@ def gather(project: Project, name: str) -> Facts:
     folder = project.run_folder(name)
     told = history(read_all(folder.journal))
     if told is None or not folder.config.exists():
-        raise UserError(f"{name} has not begun to train, there is nothing to report yet; train it first: gpt2 train {name}")
+        raise UserError(
+            f"{name} has not begun to train, there is nothing to report yet; train it first: gpt2 {project.training_stage(name)} {name}"
+        )
     config = validated(RunConfig, read_yaml(folder.config), f"{name}/{folder.config.name}")
     evaluated = read_json(folder.scores) or {}
     registered = read_json(folder.registered) or []
