@@ -58,8 +58,7 @@ def base_model(project: Project, name: str) -> str | None:
         return None
     post_training = project.experiment(name).post_training
     assert post_training is not None
-    base = post_training.base
-    return base.removeprefix(REGISTRY).replace("@", "/").partition("/")[0] if base.startswith(REGISTRY) else None
+    return _registered_model(post_training.base) if post_training.base.startswith(REGISTRY) else None
 
 
 def answering(project: Project, name: str) -> str:
@@ -98,9 +97,20 @@ def pinned(project: Project, name: str, changes: dict[str, Any]) -> dict[str, An
     base, recorded = post_training.base, (project.overrides(name).get("post_training") or {}).get("base")
     if recorded and "base" not in changes.get("post_training", {}) and _is_under_way(project, name):
         base = recorded
-    elif base.startswith(REGISTRY):
+    elif base.startswith(REGISTRY) and "@" in base:
         base = f"{REGISTRY}{_registered_model(base)}/{_version(project, base).version}"
     return merge(changes, {"post_training": {"base": base}})
+
+
+def written(project: Project, base: str) -> str:
+    """A base as it was typed, as it stands in a config: a folder as the project sees it, not the current folder."""
+    if base.startswith(REGISTRY):
+        return base
+    try:
+        folder = Path(base).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError):
+        return base
+    return folder.relative_to(project.root).as_posix() if folder.is_relative_to(project.root) else str(folder)
 
 
 def _is_under_way(project: Project, name: str) -> bool:
@@ -143,14 +153,10 @@ def base_of(project: Project, experiment: Experiment) -> Base:
     assert experiment.post_training is not None
     given = experiment.post_training.base
     if given.startswith(REGISTRY):
-        version = _version(project, given)
-        checkpoint = _brought(project, given)
-        base = Base(
-            source=f"{REGISTRY}{_registered_model(given)}/{version.version}",
-            experiment=_registered_model(given),
-            checkpoint=version.tags.get("checkpoint", checkpoint.name),
-            digest=checkpoint.digest,
-        )
+        version, name = _version(project, given), _registered_model(given)
+        source = f"{REGISTRY}{name}/{version.version}"
+        checkpoint = _brought(project, source)
+        base = Base(source=source, experiment=name, checkpoint=version.tags.get("checkpoint", checkpoint.name), digest=checkpoint.digest)
         _check_config(experiment, base, _config_of(checkpoint))
         return base
     folder = _folder(project, given)

@@ -78,7 +78,7 @@ def post_train(
     project, overrides = find_project(), parse_overrides(changes or [])
     name = post_training.named(project, name)
     if base is not None:
-        overrides = merge(overrides, {"post_training": {"base": base}})
+        overrides = merge(overrides, {"post_training": {"base": post_training.written(project, base)}})
     preflight.check(project, name, overrides)
     if anew and (where := set_aside(project, name)):
         print(f"what was trained of {name} is in {where.relative_to(project.root)} now")

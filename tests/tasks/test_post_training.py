@@ -20,7 +20,7 @@ from model.training.journal import Journal
 from tasks import post_training, tracking, use
 from tasks.checkpoint_register import checkpoint_register
 from tasks.model_card import model_card
-from tasks.post_training import answering, base_of, check_is_none, check_is_one, named, pinned, place_of
+from tasks.post_training import answering, base_of, check_is_none, check_is_one, named, pinned, place_of, written
 from tasks.project import Project
 from tasks.run_page import words_for
 from tests.tasks.conftest import NAME, write_checkpoint
@@ -134,6 +134,17 @@ def test_a_folder_is_a_base_too(registered: tuple[Project, list[Checkpoint]], tm
     base = base_of(project, project.experiment(TUNED))
     assert base == Base(source="exported", digest=file_sha256(exported / MODEL))
     assert place_of(project, base) == exported
+
+
+def test_a_folder_is_typed_as_it_is_seen_and_written_as_the_project_sees_it(
+    new_project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = new_project.root / "runs"
+    monkeypatch.chdir(below)
+    assert written(new_project, "exported") == "runs/exported"
+    assert written(new_project, "../exported") == "exported"
+    assert written(new_project, str(tmp_path / "elsewhere")) == str(tmp_path / "elsewhere")
+    assert written(new_project, "models:/tiny/3") == "models:/tiny/3"
 
 
 def test_what_validated_the_base_is_not_learned(registered: tuple[Project, list[Checkpoint]]) -> None:

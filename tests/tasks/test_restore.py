@@ -18,9 +18,11 @@ import yaml
 from safetensors.torch import save
 
 from model.checkpoint.store import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
+from model.config import Base
 from model.errors import UserError
 from model.training.lock import held
 from tasks import lease, mirror, tracking, versioning
+from tasks.post_training import place_of
 from tasks.project import Project
 from tasks.pushed import NotThere, note_pushed
 from tasks.restore import restore
@@ -399,3 +401,16 @@ def test_a_version_without_a_digest_is_nobodys_checkpoint(project: Project) -> N
     assert "is not a checkpoint of this project" in refusal(project, f"{NAME}/1")
     client.create_model_version(NAME, "somewhere", tags={tracking.DIGEST_TAG: "../../evil"})
     assert "is not a checkpoint of this project" in refusal(project, f"{NAME}/2")
+
+
+def test_a_base_of_a_post_training_that_is_not_here_is_brought(project: Project) -> None:
+    checkpoint, never_pushed = write_checkpoint(project, 10), write_checkpoint(project, 20)
+    register(project, checkpoint, never_pushed)
+    push_by_hand(project, checkpoint)
+    note_pushed(project, NAME)
+    clone = clone_of(project)
+    base = Base(source=f"models:/{NAME}/1", experiment=NAME, checkpoint=checkpoint.name, digest=checkpoint.digest)
+    assert bytes_of(place_of(clone, base)) == bytes_of(checkpoint.path)
+    gone = Base(source=f"models:/{NAME}/2", experiment=NAME, checkpoint=never_pushed.name, digest=never_pushed.digest)
+    with pytest.raises(UserError, match=r"^post_training\.base: tiny/2: the storage .* does not hold it"):
+        place_of(clone, gone)
