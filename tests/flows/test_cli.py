@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from flows import cli
 from model.errors import EXIT_FAULT, EXIT_USER
@@ -23,6 +24,7 @@ from tests.tasks.conftest import NAME, make_project, write_checkpoint
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "train",
+    "post-train",
     "evaluate",
     "checkpoints",
     "status",
@@ -99,6 +101,9 @@ def test_help_waits_for_no_heavy_import() -> None:
         (["train", NAME, "--set", "training.max_steps"], "--set"),
         (["train", NAME, "--set", "storage.base_folder=/not/there/at/all"], "storage.base_folder"),
         (["train"], "NAME"),
+        (["post-train", "nothing"], "nothing"),
+        (["post-train", NAME], "no post-training begins with it"),
+        (["post-train"], "NAME"),
         (["fly"], "fly"),
         (["evaluate", NAME, "--questions", "many"], "--questions"),
         (["evaluate", NAME], "no checkpoints"),
@@ -131,6 +136,18 @@ def test_a_mistake_is_one_line_that_names_it_and_changes_nothing(
     assert field in err
     assert err.count("\n") == 1
     assert files(project.root) == before
+
+
+def test_each_kind_of_training_has_its_command(project: Project, gpt2: Callable[..., Answer]) -> None:
+    params = yaml.safe_load((project.root / "params.yaml").read_text())
+    params["experiments"]["tuned"] = {"post_training": {"base": f"models:/{NAME}@champion"}, "data": {"path": "somewhere"}}
+    (project.root / "params.yaml").write_text(yaml.safe_dump(params))
+    assert gpt2("train", "tuned") == (EXIT_USER, "", "error: tuned begins with a trained network: gpt2 post-train tuned\n")
+    code, _, err = gpt2("evaluate", "tuned")
+    assert (code, err) == (EXIT_USER, "error: tuned has no checkpoints yet; train it first: gpt2 post-train tuned\n")
+    code, _, err = gpt2("post-train", NAME, "--set", "post_training.packing=perhaps")
+    assert code == EXIT_USER
+    assert err.startswith("error: experiments.tuned.post_training.packing: ")
 
 
 def test_outside_a_project(tmp_path: Path, gpt2: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> None:

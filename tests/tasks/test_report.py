@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import shlex
 import socket
 import threading
@@ -17,13 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from model.digest import checked_line
 from model.errors import UserError
 from model.evaluation.score_store import store_scores
 from model.evaluation.scores import Scores
-from model.params import parse_overrides
+from model.params import parse_overrides, write_yaml
 from tasks import tracking
+from tasks.overview import gain_line
 from tasks.project import Project
 from tasks.report import charts, publish
 from tasks.report.costs import costs
@@ -492,3 +495,70 @@ def test_a_report_that_cannot_be_made_says_why(new_project: Project) -> None:
     assert (made.path, made.link) == (None, None)
     assert made.problem is not None
     assert made.problem.startswith(f"no report was made: {NAME} has not begun to train")
+
+
+def post_trained(project: Project, journal: Journal, right: tuple[int, ...] = (1, 1, 1, 1, 1, 0)) -> None:
+    """A finished post-training whose base answers two of six questions, and its step 40 those that are `right`."""
+    folder = project.run_folder(NAME)
+    fields = tracking.read_config(folder).model_dump(mode="json")
+    base = {"source": "models:/quickstart/5", "experiment": "quickstart", "checkpoint": "step_00000900", "digest": "ab" * 32}
+    write_yaml(folder.config, {**fields, "post_training": {"base": base, "packing": True}})
+    params = yaml.safe_load((project.root / "params.yaml").read_text())
+    params["experiments"][NAME]["post_training"] = {"base": "models:/quickstart@champion"}
+    (project.root / "params.yaml").write_text(yaml.safe_dump(params))
+    journal.digest = tracking.read_config(folder).digest
+    journal.started()
+    journal.steps(1, STEPS)
+    journal.validated(STEPS)
+    journal.add("finished", step=STEPS, tokens=PER_STEP * STEPS, checkpoint="step_00000040", digest="e" * 64, model_sha256="f" * 64)
+    journal.write()
+    rows = []
+    for step, answers in ((0, (1, 0, 0, 0, 1, 0)), (STEPS, right)):
+        digest, key = f"{step:064x}", f"{step:03d}" * 20
+        row = {"name": f"step_{step:08d}", "step": step, "digest": digest, "version": str(1 + step), "key": key, "reason": "takes over"}
+        rows.append({**row, "answer_bits_per_byte": 1.0, "champion": step > 0, "best": False, "intervals": {}, "validation_loss": None})
+        figures = {"text_bits": 9.0, "text_bytes": 9, "answer_bytes": 2, "distractor_rank": 1, "well_formed": True, "token_f1": 0.5}
+        figures |= {"answer_bits": 2.0 if step else 3.0, "answer_alone_bits": 4.0, "half": "report", "exercise": "add"}
+        items = [{**figures, "id": str(n), "article": f"article {n}", "exact_match": bool(answer)} for n, answer in enumerate(answers)]
+        store_scores(
+            folder.evaluation, key, Scores({"exact_match": sum(answers) / 6}, {}, items, [{"prompt": "Q: Why?", "text": f"at {step}"}])
+        )
+    marked = {key: rows[1][key] for key in ("name", "digest", "version")}
+    folder.scores.write_text(json.dumps({"champion": marked, "best": marked, "evaluation_set": "5" * 64, "checkpoints": rows}))
+
+
+def test_a_post_training_is_held_against_its_base(new_project: Project, journal: Journal) -> None:
+    post_trained(new_project, journal)
+    found = Parsed(page(gather(new_project, NAME)))
+    assert re.search(r"It began with\s+step_00000900 of quickstart\s*, here step 0, of digest\s+abababababab", found.text)
+    rows = {cells[0]: cells for cells in found.cells if cells}
+    assert rows["exact match"][1:4] == ["33 %", "83 %", "+50.0 points"]
+    low, high = map(float, rows["exact match"][4].split(" to "))
+    assert low < 50 < high
+    assert rows["answer, bits/byte"][3:5] == ["-0.500", "–"], "all items are alike: there is no interval"
+    assert "base at 0" in found.text, "its texts stand beside the others"
+    assert "begun with step_00000900 of quickstart and post-trained on somewhere" in found.text
+    assert f"gpt2 post-train {NAME}" in found.text
+    line = gain_line(new_project, NAME)
+    assert line is not None
+    assert line.startswith(
+        "against its base, on the same items: answer -0.500 (95 % interval -0.500 to -0.500); exact +50 points (95 % interval "
+    )
+
+
+def test_a_post_training_whose_base_is_still_the_champion_says_so(new_project: Project, journal: Journal) -> None:
+    post_trained(new_project, journal)
+    scores = json.loads(new_project.run_folder(NAME).scores.read_text())
+    for row in scores["checkpoints"]:
+        row["champion"] = row["step"] == 0
+    new_project.run_folder(NAME).scores.write_text(json.dumps(scores))
+    assert "It is still the champion" in Parsed(page(gather(new_project, NAME))).text
+    line = gain_line(new_project, NAME)
+    assert line is not None
+    assert line.startswith("what it began with is still the champion")
+
+
+def test_another_training_has_no_such_part(trained: Project) -> None:
+    evaluate(trained)
+    assert "Base and tuned" not in page(gather(trained, NAME))
+    assert gain_line(trained, NAME) is None
