@@ -126,3 +126,18 @@ def test_other_flows_and_runs_without_a_worker_are_left(client: SyncPrefectClien
     assert "no deployed training" in said(crashed(client, evaluation))[1]
     in_a_terminal = client.create_flow_run(other, parameters={"experiment": "quickstart"})
     assert "no deployed training" in said(crash(client, in_a_terminal))[1]
+
+
+def test_a_post_training_is_begun_again_too(client: SyncPrefectClient) -> None:
+    @flow(name="post-train")
+    def tune(experiment: str, overrides: dict[str, Any] | None = None) -> None: ...
+
+    deployment = client.create_deployment(client.create_flow(tune), name="of-quickstart")
+    parameters: dict[str, Any] = {"experiment": "quickstart-tuned", "overrides": {}}
+    assert said(crash(client, client.create_flow_run_from_deployment(deployment, parameters=parameters)))[1] == (
+        "quickstart-tuned goes on, 1 of 3 times"
+    )
+    parameters["overrides"] = {"orchestration": {"auto_resume": 0}}
+    name, message = said(crash(client, client.create_flow_run_from_deployment(deployment, parameters=parameters)))
+    assert name == "Failed"
+    assert message.endswith("prefect deployment run post-train/of-quickstart goes on")
