@@ -15,12 +15,10 @@ from model.training.journal import read_current
 from tasks import tracking
 from tasks.model_card import run_of
 from tasks.project import Project, read_json
-from tasks.starting_point import find_whole
+from tasks.starting_point import REGISTRY, find_whole
+from tasks.use import EXPORT
 
 FIELD = "post_training.base"
-REGISTRY = "models:/"
-EXPORT = "config.json"
-"""The file that makes a folder an export."""
 _MAY_DIFFER = {"preset", "dropout", "initializer_range"}
 """Fields of `model` that say nothing about the weights' shapes."""
 _SPLIT = ("split_by", "train_ratio")

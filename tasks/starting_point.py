@@ -19,7 +19,8 @@ from model.training.resume import wanted_last
 from tasks import tracking
 from tasks.project import Project
 
-_REGISTRY = "models:/"
+REGISTRY = "models:/"
+"""Begins what names a registered version."""
 
 
 def named_checkpoint(project: Project, name: str, config: RunConfig) -> Path | None:
@@ -65,9 +66,9 @@ def locate(project: Project, name: str, wanted: str) -> Path:
     Raises:
         UserError: there is no such folder or version, or its checkpoint is not in runs/.
     """
-    if not wanted.startswith(_REGISTRY):
+    if not wanted.startswith(REGISTRY):
         if "://" in wanted or ":/" in wanted[3:]:
-            raise UserError(f"checkpoint.checkpoint_to_resume: {wanted}: give a folder, or a registered version such as {_REGISTRY}NAME/3")
+            raise UserError(f"checkpoint.checkpoint_to_resume: {wanted}: give a folder, or a registered version such as {REGISTRY}NAME/3")
         try:
             place = (project.root / wanted).resolve()
             there = place.is_dir()
@@ -79,7 +80,7 @@ def locate(project: Project, name: str, wanted: str) -> Path:
     digest = registered_digest(project, name, wanted)
     place_or_none = find_by_digest(project, digest)
     if place_or_none is None:
-        cure = "dvc pull" if wanted.startswith(f"{_REGISTRY}m-") else f"gpt2 restore {wanted.removeprefix(_REGISTRY)}"
+        cure = "dvc pull" if wanted.startswith(f"{REGISTRY}m-") else f"gpt2 restore {wanted.removeprefix(REGISTRY)}"
         raise UserError(f"checkpoint.checkpoint_to_resume: {wanted} ({digest[:12]}) is not in runs/; bring it back: {cure}")
     return place_or_none
 
@@ -95,7 +96,7 @@ def registered_digest(project: Project, name: str, uri: str, asked_by: str | Non
     asked_by = asked_by or f"checkpoint.checkpoint_to_resume: {uri}"
 
     client = tracking.connect(project, project.experiment(name))
-    what = uri.removeprefix(_REGISTRY)
+    what = uri.removeprefix(REGISTRY)
     try:
         if what.startswith("m-"):
             tags = client.get_logged_model(what).tags

@@ -15,13 +15,13 @@ from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWho
 from model.errors import UserError
 from tasks.model_card import model_card, run_of
 from tasks.project import Project, find_project, read_json
+from tasks.starting_point import REGISTRY, find_whole, locate
 
 if TYPE_CHECKING:
     from model.generation import Frame
     from model.gpt2 import GPT2
 
-_REGISTRY = "models:/"
-_EXPORT = "config.json"
+EXPORT = "config.json"
 """The file that makes a folder an export."""
 
 
@@ -75,7 +75,7 @@ def find(what: str, which: str | None = None) -> Checkpoint | Path:
     Raises:
         UserError: there is no such thing, or it is not whole.
     """
-    registered, folder = what.startswith(_REGISTRY), _folder(what)
+    registered, folder = what.startswith(REGISTRY), _folder(what)
     if not registered and folder is None:
         return pick_checkpoint(find_project(), what, which)
     if which is not None:
@@ -84,23 +84,23 @@ def find(what: str, which: str | None = None) -> Checkpoint | Path:
         return _registered(find_project(), what)
     if (folder / MANIFEST).exists():
         return _verified(folder)
-    if (folder / _EXPORT).is_file():
+    if (folder / EXPORT).is_file():
         return folder
-    raise UserError(f"experiment: {what!r} holds neither a checkpoint ({MANIFEST}) nor an export ({_EXPORT})")
+    raise UserError(f"experiment: {what!r} holds neither a checkpoint ({MANIFEST}) nor an export ({EXPORT})")
 
 
 def who_answers(what: str) -> str:
     """The same, but of an experiment whose model was post-trained the post-training: it was taught to answer."""
     from tasks.post_training import answering
 
-    if what.startswith(_REGISTRY) or _folder(what) is not None:
+    if what.startswith(REGISTRY) or _folder(what) is not None:
         return what
     return answering(find_project(), what)
 
 
 def _folder(what: str) -> Path | None:
     """The folder that `what` names: with a slash always, without one if it is a checkpoint or an export and no experiment has its name."""
-    if what.startswith(_REGISTRY):
+    if what.startswith(REGISTRY):
         return None
     with_slash = "/" in what or os.sep in what
     try:
@@ -109,7 +109,7 @@ def _folder(what: str) -> Path | None:
             raise UserError(f"experiment: {what[:80]!r} is neither an experiment's name nor a folder that is here")
         if with_slash:
             return folder
-        found = any((folder / name).is_file() for name in (MANIFEST, _EXPORT))
+        found = any((folder / name).is_file() for name in (MANIFEST, EXPORT))
     except (OSError, ValueError) as error:  # a NUL, too long, …
         if isinstance(error, UserError):
             raise
@@ -152,8 +152,6 @@ def _champion(project: Project, name: str, store: CheckpointStore, scores: dict[
     digest = ((scores or {}).get("champion") or {}).get("digest")
     champion = next((checkpoint for checkpoint in store.checkpoints() if checkpoint.digest == digest), None)
     if digest and champion is None:
-        from tasks.starting_point import find_whole
-
         champion = find_whole(project, digest)  # where `gpt2 restore` puts what training must not go on from
     if digest and champion is None:
         raise UserError(
@@ -164,10 +162,8 @@ def _champion(project: Project, name: str, store: CheckpointStore, scores: dict[
 
 def _registered(project: Project, uri: str) -> Checkpoint:
     """The checkpoint behind a version or an alias, from the MLflow of the experiment that it is named after."""
-    from tasks.starting_point import locate
-
     names = project.experiment_names()
-    model = uri.removeprefix(_REGISTRY).replace("@", "/").partition("/")[0]
+    model = uri.removeprefix(REGISTRY).replace("@", "/").partition("/")[0]
     if not names:
         raise UserError(f"experiment: {uri!r}: params.yaml has no experiments, so there is no MLflow to ask")
     try:
