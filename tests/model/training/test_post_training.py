@@ -1,9 +1,13 @@
 """Post-training: it begins with a trained network, seals that as its step 0, and goes on like any training."""
 
+import re
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from model.checkpoint.store import MODEL, OPTIMIZER, CheckpointStore, open_checkpoint
 from model.digest import file_sha256
@@ -11,8 +15,9 @@ from model.errors import UserError
 from model.evaluation.likelihood import validation_loss
 from model.huggingface import export, load_model
 from model.params import merge, read_yaml, write_yaml
-from model.stream.row_packing import count_learned, count_read
+from model.stream.row_packing import IGNORED, count_learned, count_read
 from model.stream.validation import validation_windows
+from model.tokenizer import decode
 from model.training.journal import read_all, read_current
 from model.training.resume import find_start
 from model.training.run import read_run
@@ -170,6 +175,24 @@ def test_without_its_base_it_says_what_is_missing(new_post_training):
     folder = new_post_training()
     with pytest.raises(UserError, match=r"^post_training\.base: .* is nowhere to be found; bring it back"):
         find_start(folder, read_run(folder)[0], None)
+
+
+def test_another_dataset_by_configuration_alone(new_post_training, tmp_path):
+    rows = [{"ask": f"How many is {n} and one?", "reply": f"{n + 1}"} for n in range(400)]
+    (tmp_path / "other").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "other" / "rows.parquet")
+    other = {
+        "path": str(tmp_path / "other"),
+        "text_template": "{ask} It is {reply}.",
+        "id_column": "ask",
+        "article_column": None,
+        "filter": None,
+    }
+    folder = new_post_training(data={**other, "lanes": 1}, training={"max_steps": 4, "eval_freq": 4})
+    train(folder)
+    windows = load_file(folder.validation_windows)["windows"]
+    learned = windows[0, 1][windows[0, 1] != IGNORED].tolist()
+    assert re.match(r"( It is \d+\.<\|endoftext\|>)+$", decode(learned))
 
 
 def test_one_row_a_window(new_post_training):
