@@ -165,7 +165,7 @@ def test_the_flow_dies_or_the_server_goes_for_a_while_and_training_does_not_noti
         if "prefect.engine" in process.cmdline():
             process.kill()
     until(lambda: team.server.state(run) == "Crashed", 30, "its worker tells of it")
-    until(lambda: len(team.runs("samples2m", "train-gpt2")) == 3, 60, "it is begun again")
+    until(lambda: len(team.runs("samples2m", "train-gpt2")) == 3, 120, "it is begun again")
     again = team.runs("samples2m", "train-gpt2")[-1]
     assert again["tags"] == [f"resumes:{run}"]
     until(lambda: team.server.state(again["id"]) == "Running", 90, "it runs")

@@ -93,7 +93,7 @@ def test_every_operation_of_a_training_may_be_its_last(trainer, undisturbed, ope
         expected.check_equal(folder)
 
     each = range(1, operations(variant) + 1)
-    every(each if variant == "short" else [number for number in each if number <= BASE_SEALED or number % 4 == 0], check)
+    every(each if variant == "short" else [number for number in each if number <= BASE_SEALED or number % 8 == 0], check)
 
 
 def test_a_recovery_may_crash_too(trainer, undisturbed, operations, tmp_path):

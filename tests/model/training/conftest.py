@@ -49,7 +49,7 @@ def make_run(folder, corpus, **changes):
 
 def begins_with(folder):
     """The trainer's options that say where the base of a post-training lies."""
-    post_training = read_yaml(folder.config).get("post_training")
+    post_training = read_yaml(folder.config).get("post_training") if folder.config.exists() else None  # on a disk that the run alone sees
     return ["--checkpoint", post_training["base"]["source"]] if post_training else []
 
 
