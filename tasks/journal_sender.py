@@ -278,7 +278,8 @@ class Forwarder:
                 for key in ("device", "precision", "parameters", "code", "versions", "resumed_from", "forked_from"):
                     if event.get(key) is not None:
                         tags[key] = _text(event[key])
-                tags |= _source(self._run_folder.experiment, event.get("code"))
+                command = "post-train" if "post_trains" in event else "train"
+                tags |= _source(f"gpt2 {command} {self._run_folder.experiment}", event.get("code"))
             elif event["event"] == "warning":
                 tags["last_warning"] = _text(f"step {event.get('step')}: {event.get('message')}")
                 tags["warnings"] = str(sum(earlier["seq"] <= event["seq"] for earlier in self._warnings))
@@ -350,9 +351,9 @@ def _text(value: Any) -> str:
     return redacted(value if isinstance(value, str) else json.dumps(value))[:5000]
 
 
-def _source(experiment: str, code: Any) -> dict[str, str]:
+def _source(command: str, code: Any) -> dict[str, str]:
     """The code that trains, in the tags that MLflow shows as a run's source."""
-    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": f"gpt2 train {experiment}"}
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": command}
     if isinstance(code, dict) and code.get("commit"):
         tags |= {"mlflow.source.git.commit": str(code["commit"]), "mlflow.source.git.dirty": str(bool(code.get("diff_sha256"))).lower()}
     return tags

@@ -5,7 +5,7 @@ the line, so that no flipped bit is taken for a figure:
 
     started     step, config_digest, resumed_from, total_steps, device, device_name, ranks, micro_batch, precision, parameters,
                 flops_per_token, versions, code; where the machine counts joules energy_counters (their names); after a rollback also
-                rolled_back_from; of a fork forked_from; of a post-training that begins post_trains (its base)
+                rolled_back_from; of a fork forked_from; of a post-training post_trains (its base)
     step        step, epoch, loss (nats a token), learning_rate, gradient_norm (before clipping), skipped_steps (so far), tokens (so far),
                 tokens_per_s, step_time_s, data_wait_share (of that time); in post-training completion_tokens (those of the step that are
                 learned; tokens counts questions, too, and no padding); on a GPU mfu (of its dense peak) and peak_memory_gb (of the first

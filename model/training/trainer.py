@@ -107,10 +107,8 @@ class Trainer:
             self._save()
 
     def _tell_start(self, start: Start) -> None:
-        told = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
-        if start.base is not None and self.config.post_training is not None:
-            told["post_trains"] = self.config.post_training.base.model_dump()
-        self._record_start(start.checkpoint if start.fork is None else None, **told)
+        fork = {"forked_from": start.fork.model_dump()} if start.fork is not None else {}
+        self._record_start(start.checkpoint if start.fork is None else None, **fork)
         for kind, message in start.messages + ([("journal", self.journal.damage)] if self.journal.damage else []):
             self.journal.warn(self.step, kind, message)
 
@@ -144,6 +142,7 @@ class Trainer:
             code=code_identity(),
             threads=torch.get_num_threads(),
             **self.meter.about(),
+            **({"post_trains": self.config.post_training.base.model_dump()} if self.config.post_training is not None else {}),
             **more,
         )
 
