@@ -87,7 +87,7 @@ def test_steps_tell_what_was_read_and_what_was_learned(tuned):
 
 def test_interrupted_it_ends_with_the_same_weights_without_its_base(new_post_training, tuned, base, tmp_path):
     moved = shutil.copytree(base.path, tmp_path / base.name)
-    folder = new_post_training(post_training={"base": str(moved)}, orchestration={})
+    folder = new_post_training(post_training={"base": str(moved)})
     process = start_trainer(folder)
     while not events(folder, "step"):
         assert process.poll() is None, process.stderr.read()
@@ -99,11 +99,10 @@ def test_interrupted_it_ends_with_the_same_weights_without_its_base(new_post_tra
     assert final(folder) == final(tuned)
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_ranks_learn_the_same(new_post_training, tuned, ranks):
+def test_ranks_learn_the_same(new_post_training):
     folder = new_post_training(model={"dropout": 0.0}, data={"lanes": 4})
     alone = new_post_training("alone", model={"dropout": 0.0}, data={"lanes": 4})
-    process = start_trainer(folder, "--set", f"hardware.devices={ranks}")
+    process = start_trainer(folder, "--set", "hardware.devices=2")
     train(alone)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
