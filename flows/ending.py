@@ -19,7 +19,7 @@ from uuid import UUID
 from prefect import State, runtime
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import Pause
+from prefect.exceptions import Abort, Pause
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled
 
@@ -114,12 +114,14 @@ def _as_asked(asked: list[State[Any]], may_pause: bool) -> State[Any] | None:
     """The state in which a run ends that was stopped as its user asked in Prefect; None if nobody did.
 
     Raises:
+        Abort: it is over in Prefect, as one that was taken for dead is, and stays so: another state would hide the cause, and from a
+            crash to begin again from.
         Pause: a deployed run leaves without a new state: it is paused, and to resume it in the UI starts it again.
     """
     if not asked:
         return None
     if asked[0].is_final():
-        return asked[0]
+        raise Abort(f"{asked[0].name} in Prefect ({asked[0].message}), all saved; the same command goes on")
     if asked[0].is_paused() and may_pause and under_a_worker():
         tell_left()
         raise Pause(state=asked[0])

@@ -34,6 +34,8 @@ def run_flow(project: Project, name: str, flow_name: str, parameters: dict[str, 
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     stop_on_signals()
+    from prefect.exceptions import Abort
+
     from flows.local_server import use_prefect_server
 
     use_prefect_server()
@@ -43,8 +45,11 @@ def run_flow(project: Project, name: str, flow_name: str, parameters: dict[str, 
     from flows.train_gpt2 import train_gpt2
 
     flow: Any = {"train-gpt2": train_gpt2, "post-train": post_train, "re-evaluate": re_evaluate}[flow_name]
-    with Terminal(project.run_folder(name).journal):
-        state = flow(**parameters, return_state=True)
+    try:
+        with Terminal(project.run_folder(name).journal):
+            state = flow(**parameters, return_state=True)
+    except Abort as abort:
+        raise Stopped(str(abort)) from abort
     if state.is_failed():
         error = state.result(raise_on_failure=False)
         if isinstance(error, UserError | Stopped):

@@ -21,8 +21,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
 
 @pytest.fixture
 def client(server: PrefectServer) -> Iterator[SyncPrefectClient]:
-    """A client of the server, which has no automations yet."""
+    """A client of the server, which has no automations yet, and keeps none: an impatient rule would find other tests' runs dead."""
     with temporary_settings({"api.url": server.api, "api.auth_string": server.auth}), get_client(sync_client=True) as client:
-        for automation in client.read_automations():
-            client.delete_automation(automation.id)
+        _forget_automations(client)
         yield client
+        _forget_automations(client)
+
+
+def _forget_automations(client: SyncPrefectClient) -> None:
+    for automation in client.read_automations():
+        client.delete_automation(automation.id)
