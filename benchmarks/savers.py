@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import CheckpointConfig, DataConfig, DatasetSummary, HardwareConfig, ModelConfig, RunConfig, TrainingConfig
+from model.config import CheckpointConfig, DataConfig, HardwareConfig, ModelConfig, TrainingConfig
+from model.run_config import DatasetSummary, RunConfig
 
 if TYPE_CHECKING:
     pass

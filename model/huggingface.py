@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.checkpoint.store import MODEL, STATE
-from model.config import ModelConfig, RunConfig
+from model.config import ModelConfig
 from model.generation import Frame
 from model.gpt2 import GPT2
+from model.run_config import RunConfig
 from model.tokenizer import END_OF_TEXT, END_OF_TEXT_NAME, vocabulary_files
 
 CONFIG = "config.json"

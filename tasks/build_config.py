@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from model.config import Base, DatasetSummary, Experiment, PostTraining, RunConfig
+from model.config import Experiment
 from model.errors import UserError
 from model.params import write_yaml
+from model.run_config import Base, DatasetSummary, PostTraining, RunConfig
 from model.stream.manifest import DatasetManifest
 from model.stream.resolve import resolve, tokens_per_row
 from tasks.built_config import expected_steps

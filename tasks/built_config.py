@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 
-from model.config import DataConfig, Experiment, RunConfig, TrainingConfig
+from model.config import DataConfig, Experiment, TrainingConfig
 from model.errors import UserError
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 
 _NOT_DECIDING = {"revision", "max_length", "buffer_size", "lanes", "cache"}

@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from model import disk
 from model.checkpoint.store import Checkpoint, CheckpointStore, NotWhole
-from model.config import RunConfig
 from model.errors import UserError
+from model.run_config import RunConfig
 from model.training.journal import Event, read_current
 from tasks import run_page, tracking
 from tasks.project import Project

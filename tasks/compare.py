@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.checkpoint.store import Checkpoint, is_name
-from model.config import EvaluationConfig, RunConfig
+from model.config import EvaluationConfig
 from model.errors import UserError
 from model.evaluation.comparison import Evidence, Verdict, challenge, difference
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.training.run import read_run
 from tasks.project import Project, read_json
 from tasks.use import pick_checkpoint

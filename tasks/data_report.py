@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from model.config import Experiment, RunConfig
+from model.config import Experiment
 from model.errors import Stopped, UserError
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.stream.manifest import DataFile, DatasetManifest
 from model.stream.packing import OddRows

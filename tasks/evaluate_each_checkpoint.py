@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from model import disk
 from model.checkpoint.store import Checkpoint, NotWhole, open_checkpoint
-from model.config import EvaluationConfig, HardwareConfig, RunConfig
+from model.config import EvaluationConfig, HardwareConfig
 from model.device import pick_device
 from model.errors import UserError
 from model.evaluation.comparison import Evidence, Verdict
@@ -27,6 +27,7 @@ from model.evaluation.score_store import score_each, stored_scores
 from model.evaluation.scores import Scores
 from model.evaluation.scoring import EVALUATION_VERSION, EvaluationSet, evaluation_set, score
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.training.journal import read_current
 from model.training.lock import gpus_in_use

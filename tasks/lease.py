@@ -35,9 +35,9 @@ import fsspec
 import psutil
 from fsspec.implementations.local import LocalFileSystem
 
-from model.config import RunConfig
 from model.errors import Stopped, UserError
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from tasks.project import Project

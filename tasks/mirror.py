@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 
 from model import disk
 from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWhole, open_checkpoint, step_of
-from model.config import RunConfig
 from model.errors import Stopped, UserError
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.training.resume import set_aside_other_configurations

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from model.checkpoint.store import Checkpoint
-from model.config import RunConfig
 from model.flops import parameters_by_kind
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from tasks.project import read_json

@@ -7,9 +7,9 @@ from typing import Any
 import psutil
 
 from model.checkpoint.store import CheckpointStore, NotWhole, open_checkpoint, step_of
-from model.config import RunConfig
 from model.evaluation.score_store import stored_scores
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.training.identity import code_identity
 from model.training.journal import Event, read_current

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.config import Experiment, RunConfig
+from model.config import Experiment
 from model.errors import UserError
 from model.flops import flops_per_token, parameters_by_kind, peak_flops
 from model.memory import Memory, checkpoint_size, training_memory
 from model.params import merge
+from model.run_config import RunConfig
 from tasks.built_config import built, expected_steps, is_of_same_data
 from tasks.gpu_offers import PRICES_AS_OF, Offer, chosen_offers
 from tasks.project import Project

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint.store import MANIFEST, MODEL, Checkpoint, NotWhole, open_checkpoint
-from model.config import Base, DataConfig, Experiment, ModelConfig, RunConfig
+from model.config import DataConfig, Experiment, ModelConfig
 from model.digest import file_sha256
 from model.errors import UserError
 from model.params import merge
+from model.run_config import Base, RunConfig
 from model.training.journal import read_current
 from tasks import tracking
 from tasks.model_card import run_of

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from model.config import HardwareConfig, RunConfig
+from model.config import HardwareConfig
 from model.digest import sealed, unsealed
 from model.errors import UserError
 from model.params import parse_yaml, read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.say import say
 from model.secrets import HIDDEN, redacted

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model import disk
-from model.config import Base
 from model.errors import EXIT_STOPPED, EXIT_USER, Stopped, UserError
 from model.params import validated, write_yaml
+from model.run_config import Base
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.stream.manifest import DataFile, DatasetManifest

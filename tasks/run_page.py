@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.config import Base, ForkOf, RunConfig
+from model.config import ForkOf
 from model.errors import UserError
+from model.run_config import Base, RunConfig
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.stream.manifest import DatasetManifest

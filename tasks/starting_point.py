@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.checkpoint.store import MANIFEST, Checkpoint, CheckpointStore, NotWhole, is_name, open_checkpoint
-from model.config import RunConfig
 from model.errors import UserError
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.training.journal import read_current
 from model.training.resume import wanted_last

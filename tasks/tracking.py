@@ -19,9 +19,10 @@ from filelock import FileLock
 
 from model import disk
 from model.checkpoint.store import MANIFEST, MODEL, STATE, NotWhole
-from model.config import Experiment, RunConfig
+from model.config import Experiment
 from model.errors import UserError
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.secrets import redacted
 from model.training.journal import read_all

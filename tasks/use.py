@@ -215,10 +215,10 @@ def export(checkpoint: Checkpoint, folder: Path) -> None:
 def _load(checkpoint: Checkpoint) -> tuple[GPT2, Frame]:
     """The network of a verified checkpoint and how its texts were made. Its bytes are what was sealed, which need not be a network: a
     manifest is no proof of who wrote it."""
-    from model.config import RunConfig
     from model.device import pick_device
     from model.generation import Frame
     from model.huggingface import load_model
+    from model.run_config import RunConfig
 
     with _one_line_if_it_is_none(f"{checkpoint.path}: sealed"):
         frame = Frame.of(RunConfig.model_validate(checkpoint.state()["config"]).data)

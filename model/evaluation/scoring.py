@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.checkpoint.store import Checkpoint
-from model.config import EvaluationConfig, RunConfig
+from model.config import EvaluationConfig
 from model.digest import digest_of
 from model.errors import UserError
 from model.evaluation.intervals import clustered
@@ -24,6 +24,7 @@ from model.evaluation.questions import Graded, ask, grade
 from model.evaluation.scores import Scores
 from model.gpt2 import GPT2
 from model.huggingface import load_model
+from model.run_config import RunConfig
 from model.stream.manifest import DatasetManifest
 from model.stream.validation import Half, held_out_rows
 

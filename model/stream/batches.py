@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import DataConfig, Windows
+from model.config import DataConfig
 from model.errors import Stopped, UserError
+from model.run_config import Windows
 from model.stream.lanes import Lane, plan_lanes
 from model.stream.manifest import DatasetManifest
 from model.stream.packing import OddRows, Place, Position

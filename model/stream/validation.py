@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from model import disk
-from model.config import DataConfig, Windows
+from model.config import DataConfig
 from model.digest import digest_of
 from model.errors import UserError
+from model.run_config import Windows
 from model.stream.manifest import DatasetManifest
 from model.stream.packing import Documents, Packer
 from model.stream.reader import Reader

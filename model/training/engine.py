@@ -18,10 +18,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from model.config import HardwareConfig, RunConfig
+from model.config import HardwareConfig
 from model.digest import digest_of
 from model.errors import UserError
 from model.gpt2 import GPT2
+from model.run_config import RunConfig
 from model.stream.row_packing import IGNORED
 from model.training.distributed import Ranks, placed_like, whole
 from model.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from model import disk
 from model.checkpoint.store import MANIFEST, MODEL, Checkpoint, CheckpointStore, NotWhole, is_name, name_of, open_checkpoint, step_of
-from model.config import Base, ForkOf, RunConfig
+from model.config import ForkOf
 from model.digest import digest_of, file_sha256
 from model.errors import NoWholeCheckpoint, UserError
+from model.run_config import Base, RunConfig
 from model.run_folder import RunFolder
 from model.training.journal import Event, read_current
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from model.config import HardwareConfig, JournalConfig, RunConfig, Section
+from model.config import HardwareConfig, JournalConfig, Section
 from model.errors import UserError
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.stream.manifest import DatasetManifest
 

@@ -17,9 +17,9 @@ from model import disk
 from model.checkpoint.image import Image
 from model.checkpoint.retention import retain
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore, name_of
-from model.config import RunConfig
 from model.errors import UserError
 from model.huggingface import METADATA, seen_by_hugging_face
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.say import say
 from model.stream.batches import State, merged_state

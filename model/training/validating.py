@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from model.config import RunConfig
 from model.evaluation.likelihood import validation_loss
 from model.generation import answer
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.stream.manifest import DatasetManifest
 from model.stream.validation import cached_validation_windows

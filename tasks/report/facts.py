@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import yaml
 
 from model.checkpoint.store import MANIFEST
-from model.config import RunConfig
 from model.errors import UserError
 from model.evaluation.score_store import stored_scores
 from model.evaluation.scores import Scores
 from model.flops import flops_per_token
 from model.params import read_yaml, validated
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.training.journal import read_all
 from tasks.overview import run_state

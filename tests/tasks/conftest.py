@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import save
 
 from model.checkpoint.store import MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
-from model.config import RunConfig
 from model.gpt2 import GPT2
 from model.huggingface import METADATA, to_hugging_face
 from model.params import write_yaml
+from model.run_config import RunConfig
 from tasks import tracking
 from tasks.project import Project
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from model.checkpoint.store import MODEL, Checkpoint, open_checkpoint
-from model.config import Base, PostTraining, RunConfig
 from model.digest import file_sha256
 from model.errors import UserError
 from model.params import merge, write_yaml
+from model.run_config import Base, PostTraining, RunConfig
 from model.training.journal import Journal
 from tasks import post_training, tracking, use
 from tasks.checkpoint_register import checkpoint_register

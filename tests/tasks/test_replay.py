@@ -16,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from model.config import RunConfig
 from model.errors import EXIT_FAULT, Stopped, UserError
 from model.params import write_yaml
+from model.run_config import RunConfig
 from model.stream.manifest import DataFile, DatasetManifest
 from model.stream.quickstart import write_corpus
 from model.training.journal import Journal, read_all

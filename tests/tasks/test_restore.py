@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import save
 
 from model.checkpoint.store import FILES, MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, CheckpointStore
-from model.config import Base
 from model.errors import UserError
+from model.run_config import Base
 from model.training.lock import held
 from tasks import lease, mirror, tracking, versioning
 from tasks.post_training import place_of

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import sqlalchemy
 
-from model.config import RunConfig
 from model.errors import UserError
+from model.run_config import RunConfig
 from model.stream.manifest import DataFile, DatasetManifest
 from tasks import tracking
 from tasks.project import Project

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import save
 
 from model.checkpoint.store import CheckpointStore
-from model.config import DatasetSummary, EvaluationConfig, Experiment, RunConfig
+from model.config import EvaluationConfig, Experiment
 from model.evaluation.intervals import clustered
 from model.evaluation.likelihood import continuation_bits
 from model.evaluation.scoring import EvaluationSet, evaluation_set, score
 from model.gpt2 import GPT2
 from model.huggingface import to_hugging_face
 from model.params import merge
+from model.run_config import DatasetSummary, RunConfig
 from model.stream.quickstart import write_corpus
 from model.stream.resolve import resolve
 from model.tokenizer import END_OF_TEXT, encode

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint.store import open_checkpoint
-from model.config import Base, Experiment
+from model.config import Experiment
 from model.params import merge, read_yaml, write_yaml
+from model.run_config import Base
 from model.run_folder import RunFolder
 from model.stream.quickstart import write_corpus
 from model.stream.resolve import resolve

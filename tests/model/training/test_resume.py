@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from model.checkpoint.store import CheckpointStore, open_checkpoint
-from model.config import RunConfig
 from model.errors import NoWholeCheckpoint, UserError
 from model.params import merge, read_yaml, write_yaml
+from model.run_config import RunConfig
 from model.run_folder import RunFolder
 from model.training.journal import Journal, read_all, read_current
 from model.training.resume import find_start
