@@ -81,13 +81,18 @@ def _in_training(client: SyncPrefectClient) -> list[str]:
     return sorted({tag.removeprefix(_TAG) for run in found for tag in run.tags if tag.startswith(_TAG)})
 
 
+def changes_of_run(training: FlowRun) -> dict[str, Any]:
+    """The overrides that a training was started with."""
+    return changes_of(Changes.model_validate(training.parameters.get("overrides") or {}))
+
+
 def refuse_other_changes(living: FlowRun, experiment: str, changes: dict[str, Any]) -> None:
     """A training can be joined by those who ask for the same.
 
     Raises:
         UserError: it was started with other overrides.
     """
-    theirs = changes_of(Changes.model_validate(living.parameters.get("overrides") or {}))
+    theirs = changes_of_run(living)
     if theirs != changes:
         raise UserError(
             f"overrides: {experiment} is being trained with others ({theirs or 'none'}) by the flow run {living.name}; cancel that, wait "

@@ -2,7 +2,7 @@
 
 from prefect import State, flow
 
-from flows import pipeline
+from flows import on_gpu, pipeline
 from flows.ending import ends_by_itself
 from model.changes import Changes, changes_of
 from tasks.post_training import check_is_one, pinned
@@ -24,4 +24,6 @@ def post_train(experiment: str, overrides: Changes | None = None) -> State[objec
     """
     project = find_project()
     check_is_one(project, experiment)
-    return pipeline.run(project, experiment, pinned(project, experiment, changes_of(overrides)))
+    living = on_gpu.living_training(experiment) if on_gpu.is_meant() else None
+    begun_with = on_gpu.changes_of_run(living) if living is not None else None
+    return pipeline.run(project, experiment, pinned(project, experiment, changes_of(overrides), begun_with))

@@ -83,19 +83,28 @@ def check_is_none(project: Project, name: str) -> None:
         raise UserError(f"{name} begins with a trained network: gpt2 post-train {name}")
 
 
-def pinned(project: Project, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+def pinned(project: Project, name: str, changes: dict[str, Any], begun_with: dict[str, Any] | None = None) -> dict[str, Any]:
     """The changes with a version for the base in the place of an alias: what is recorded of a run says what it began with.
 
     One that was begun and is not finished goes on with the base that it has, wherever the alias has moved.
+
+    Args:
+        project: where it is.
+        name: the post-training's.
+        changes: the fields to change for this run.
+        begun_with: the changes, pinned, of one that is going on now, perhaps on another machine; None if there is none.
 
     Raises:
         UserError: the registry has no such version.
     """
     post_training = project.with_overrides(name, changes).post_training
     assert post_training is not None, "see check_is_one"
-    base, recorded = post_training.base, (project.overrides(name).get("post_training") or {}).get("base")
-    if recorded and "base" not in changes.get("post_training", {}) and _is_under_way(project, name):
-        base = recorded
+    base = post_training.base
+    if begun_with is None and _is_under_way(project, name):
+        begun_with = project.overrides(name)
+    begun = ((begun_with or {}).get("post_training") or {}).get("base")
+    if begun and "base" not in changes.get("post_training", {}):
+        base = begun
     elif base.startswith(REGISTRY) and "@" in base:
         base = f"{REGISTRY}{_registered_model(base)}/{_version(project, base).version}"
     return merge(changes, {"post_training": {"base": base}})

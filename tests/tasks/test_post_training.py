@@ -100,6 +100,8 @@ def test_an_alias_is_pinned_to_its_version_and_followed_when_it_moves(registered
     journal.append("finished", step=3)
     journal.close()
     assert pinned(project, TUNED, {})["post_training"]["base"] == f"models:/{NAME}/1"
+    elsewhere = pinned(project, TUNED, {"seed": 3}, begun_with={"seed": 3, "post_training": {"base": f"models:/{NAME}/2"}})
+    assert elsewhere == {"seed": 3, "post_training": {"base": f"models:/{NAME}/2"}}, "another machine has begun it"
 
 
 def test_a_base_is_pinned_with_its_lineage_and_found_wherever_it_lies(registered: tuple[Project, list[Checkpoint]]) -> None:
