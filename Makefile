@@ -38,7 +38,7 @@ quickstart: $(VENV)/.installed ## train, register and evaluate a tiny GPT-2 on t
 services: $(VENV)/.installed ## Prefect and MLflow with their pages, and two workers; Ctrl-C ends all. OPTIONS="--host …"
 	@exec $(BIN)/gpt2 services $(OPTIONS)
 
-check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: two to three minutes
+check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: two minutes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

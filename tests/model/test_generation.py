@@ -103,6 +103,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning(model):
     assert generate(model, [prompts()[0], long, long[-room:]], 8) == [recomputed(model, prompts()[0], 8), expected, expected]
 
 
+@pytest.mark.slow
 def test_asking_for_more_than_the_context_keeps_the_prompt_and_stops_at_the_end(model):
     """Each text at its own end, whatever is beside it."""
     lengths = [3, 40, CONFIG.context_length // 2, 500]
@@ -137,6 +138,7 @@ def test_sampling_is_repeatable_and_varies_with_the_seed(model):
     assert answer(model, ["Q: "], 12, seed=-(10**30), **SAMPLED), "any whole number is a seed"
 
 
+@pytest.mark.slow
 def test_sampled_text_depends_on_no_other_prompt_and_no_batch(ending, monkeypatch):
     together = generate(ending, prompts(), 24, seed=9, **SAMPLED)
     assert len({len(row) for row in together}) > 1

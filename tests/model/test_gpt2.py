@@ -219,6 +219,7 @@ def test_export_loads_in_transformers(exported):
         assert torch.allclose(ours.logits(ours.hidden(x)), theirs(x).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformers_writes_what_we_write(exported):
     """Greedily, with its own cache and its own padding."""
     ours, folder = exported
