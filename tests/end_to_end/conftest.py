@@ -217,9 +217,17 @@ class Services:
     def state(self, flow_run_id: str) -> str:
         return str(self.ask(f"flow_runs/{flow_run_id}")["state"]["name"])
 
-    def task_states(self, flow_run_id: str) -> dict[str, str]:
+    def task_states(self, flow_run_id: str, *names: str) -> dict[str, str]:
+        """How these tasks of a flow run that is over ended, or all. The server learns it from events, which may come later than the end."""
         body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
-        return {run["name"].partition("[")[0]: run["state"]["name"] for run in self.ask("task_runs/filter", body)}
+        deadline = time.monotonic() + 60
+        while True:
+            runs = self.ask("task_runs/filter", body)
+            states = {run["name"].partition("[")[0]: run["state"]["name"] for run in runs}
+            under_way = any(run["state"]["type"] in ("PENDING", "RUNNING") for run in runs)
+            if time.monotonic() > deadline or (set(names) <= set(states) and not under_way):
+                return {name: states.get(name, "unknown") for name in names or states}
+            time.sleep(0.5)
 
     def training(self, experiment: str) -> dict[str, Any]:
         """The newest run of `stream-and-train` for an experiment."""
