@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from flows.prefect_server import collect_apart
 from flows.stop import STOP
 from model.errors import Stopped
 
@@ -84,6 +85,7 @@ def _serve(port: int) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    collect_apart()
     import uvicorn
 
     uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")

@@ -142,7 +142,7 @@ def _prefect_server(access: Access, databases: Databases | None) -> Service:
     database = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": databases.prefect} if databases else {}
     return Service(
         "Prefect",
-        ["prefect", "server", "start", "--host", access.host, "--port", str(access.prefect_port)],
+        ["flows.prefect_server", "server", "start", "--host", access.host, "--port", str(access.prefect_port)],
         {**os.environ, **_NO_TELEMETRY, **_PREFECT_SERVER, **access.for_clients(), **access.for_prefect(), **database},
     )
 

@@ -20,7 +20,7 @@ from tests.tasks.conftest import free_port, wait_until_it_answers
 
 
 class PrefectServer:
-    """`prefect server start`, with its database below `home`."""
+    """As `gpt2 services` starts it, with its database below `home`."""
 
     def __init__(self, home: Path, auth: str | None = None) -> None:
         self.home = home
@@ -38,7 +38,18 @@ class PrefectServer:
 
     def start(self) -> None:
         """Until it answers."""
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
+        command = [
+            sys.executable,
+            "-m",
+            "flows.prefect_server",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--no-ui",
+        ]
         self.home.mkdir(exist_ok=True)
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=self._serving, stdout=log, stderr=log, start_new_session=True)
