@@ -1,5 +1,6 @@
 """The steps of the pipeline, each a process of its own, and the adapters to MLflow and DVC."""
 
+import gc
 import os
 import signal
 import sys
@@ -18,3 +19,4 @@ if sys.argv[:1] == ["-m"]:  # `python -m tasks.…`: a stage imports for seconds
     for _name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, _name):
             signal.signal(getattr(signal, _name), _leave)
+    gc.set_threshold(10_000)  # at Python's 700, an eighth of the time that MLflow and torch take to import goes into looking for garbage

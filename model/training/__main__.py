@@ -27,7 +27,7 @@ from model.errors import (
     TooManyBadSteps,
     UserError,
 )
-from model.libraries import prepare_libraries
+from model.libraries import prepare_libraries, without_collector
 from model.stop import StopRequest  # what is imported here is imported before a signal can be heard: little
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def main() -> int:
     elif _LAUNCHED:
         stop.on_parent_gone()
     try:
-        with stop.interruptible():
+        with stop.interruptible(), without_collector():
             from model.params import parse_overrides, validated
             from model.run_folder import RunFolder
             from model.training.run import Machine
@@ -92,10 +92,11 @@ def _train(folder: RunFolder, machine: Machine, stop: StopRequest, named: Path |
 
             if not _LAUNCHED:
                 lock_run()
-            from model.device import pick_device
-            from model.training.distributed import join, own_device
-            from model.training.gpus import own_gpu
-            from model.training.trainer import Trainer
+            with without_collector():
+                from model.device import pick_device
+                from model.training.distributed import join, own_device
+                from model.training.gpus import own_gpu
+                from model.training.trainer import Trainer
 
             device = own_device(pick_device(machine.hardware.device))
             if device.type == "cuda":
