@@ -45,7 +45,7 @@ check: $(VENV)/.installed-dev ## lint, types, import floors and the fast tests: 
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m pytest $(AT_ONCE) -m "not slow" -q
 
-test: $(VENV)/.installed-dev ## every check and every test: 35 minutes on two cores
+test: $(VENV)/.installed-dev ## every check and every test: half an hour on two cores
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -1,6 +1,14 @@
-"""Options of all tests."""
+"""Options of all tests, and the signals that they and what they start hear."""
+
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A shell that runs the tests in the background has SIGINT ignored, and so would all that they start; a terminal's commands hear it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
