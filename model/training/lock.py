@@ -24,19 +24,23 @@ def no_fence() -> None:
     """The fence of a process that shares its run with nobody."""
 
 
+SECONDS_TO_DIE = 1.0
+"""How long one waits for a lock: of a holder that was just killed, a process that it was starting has it for a moment longer."""
+
+
 @contextmanager
-def held(path: Path, what: str, by: str = "") -> Iterator[Fence]:
+def held(path: Path, what: str, by: str = "", patience: float = SECONDS_TO_DIE) -> Iterator[Fence]:
     """Hold the lock file `path` meanwhile. Yields a fence: a holder that slept while its lock was lost (a network's file system forgets
     those of machines it does not hear of; people remove files) must not write beside its successor.
 
-    `by`: what the holder does with it, for those who wait.
+    `by`: what the holder does with it, for those who wait. `patience`: seconds to wait for it.
 
     Raises:
         UserError: somebody else holds it; says who, since when, and for `what`.
     """
     lock, holder = FileLock(path, mode=0o666), path.with_suffix(".json")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"{what} is in use by another trainer ({_who(holder)}); wait for it, or stop it") from None
     about = {"by": by, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "token": uuid.uuid4().hex}
@@ -89,7 +93,7 @@ def held_gpus(gpus: Sequence[str], count: int, by: str, wait: Callable[[str], No
                 if len(found) == count:
                     break
                 try:
-                    locks.enter_context(held(gpu_lock(gpus[place]), f"GPU {place}", by))
+                    locks.enter_context(held(gpu_lock(gpus[place]), f"GPU {place}", by, patience=0))
                     found.append(place)
                 except UserError:
                     busy.append(f"GPU {place} is in use by {_who(gpu_lock(gpus[place]).with_suffix('.json'))}")
