@@ -19,13 +19,12 @@ from model.errors import UserError
 Fence = Callable[[], None]
 """Asked before something is written: raises a UserError once somebody else has taken over."""
 
+SECONDS_TO_DIE = 1.0
+"""How long one waits for a lock: of a holder that was just killed, a process that it was starting has it for a moment longer."""
+
 
 def no_fence() -> None:
     """The fence of a process that shares its run with nobody."""
-
-
-SECONDS_TO_DIE = 1.0
-"""How long one waits for a lock: of a holder that was just killed, a process that it was starting has it for a moment longer."""
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class Services:
         return str(self.ask(f"flow_runs/{flow_run_id}")["state"]["name"])
 
     def task_states(self, flow_run_id: str, *names: str) -> dict[str, str]:
-        """How these tasks of a flow run that is over ended, or all. The server learns it from events, which may come later than the end."""
+        """How these tasks of a flow run that is over ended. The server learns it from events, which may come later than the end."""
         body = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
         deadline = time.monotonic() + 60
         while True:
@@ -226,7 +226,7 @@ class Services:
             states = {run["name"].partition("[")[0]: run["state"]["name"] for run in runs}
             under_way = any(run["state"]["type"] in ("PENDING", "RUNNING") for run in runs)
             if time.monotonic() > deadline or (set(names) <= set(states) and not under_way):
-                return {name: states.get(name, "unknown") for name in names or states}
+                return {name: states.get(name, "unknown") for name in names}
             time.sleep(0.5)
 
     def training(self, experiment: str) -> dict[str, Any]:

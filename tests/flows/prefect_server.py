@@ -38,18 +38,8 @@ class PrefectServer:
 
     def start(self) -> None:
         """Until it answers."""
-        command = [
-            sys.executable,
-            "-m",
-            "flows.prefect_server",
-            "server",
-            "start",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--no-ui",
-        ]
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--no-ui"]
+        command = [sys.executable, "-m", "flows.prefect_server", "server", "start", *options]
         self.home.mkdir(exist_ok=True)
         with (self.home / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=self._serving, stdout=log, stderr=log, start_new_session=True)

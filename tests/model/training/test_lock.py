@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ with held(Path(sys.argv[1]), "it"):
     for descriptor in range(3, 100):  # what a process has until it is started
         with contextlib.suppress(OSError):
             os.set_inheritable(descriptor, True)
-    subprocess.Popen(["sleep", "0.5"], close_fds=False)
+    subprocess.Popen(["cat"], close_fds=False)  # it ends when its input does
     print("held", flush=True)
     time.sleep(60)
 """
@@ -28,13 +29,16 @@ with held(Path(sys.argv[1]), "it"):
 @pytest.mark.skipif(sys.platform == "win32", reason="no process inherits a lock there")
 def test_who_was_killed_while_it_started_a_process_is_not_in_the_way(tmp_path: Path) -> None:
     lock = tmp_path / "it.lock"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLDER, str(lock)]
+    holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdin is not None
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.wait(30)
     with pytest.raises(UserError, match=f"it is in use by another trainer .process {holder.pid}"), held(lock, "it", patience=0):
         pass
+    threading.Timer(0.2, holder.stdin.close).start()
     with held(lock, "it"):
         pass
     holder.stdout.close()
